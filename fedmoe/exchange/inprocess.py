@@ -1,0 +1,45 @@
+"""The exchange within one process: clients one after another, without Ray and Flower."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from fedmoe.data.examples import ClientData
+from fedmoe.exchange.personal import PersonalStore
+from fedmoe.federated.local import LocalPlan, work
+from fedmoe.types import Assignment, ClientFailure, ClientUpdate, Exchange
+
+
+def in_process(
+    factory: Callable[[], nn.Module],
+    load_data: Callable[[int], ClientData],
+    plan: LocalPlan,
+    seed: int,
+    *,
+    store: PersonalStore | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda client: None,
+) -> Exchange:
+    """An exchange that does each client's work when its update is asked for.
+
+    Args:
+        store: where clients keep their own parameters; needed when the plan has personal ones.
+        progress: told of each client that has answered.
+    """
+
+    def exchange(assignments: Mapping[int, Assignment]) -> Iterator[ClientUpdate | ClientFailure]:
+        for client, assignment in assignments.items():
+            try:
+                own = None if store is None else store.load(client, assignment.round)
+                data = load_data(client)
+                update, mine = work(client, assignment, factory, data, plan, own, seed, device)
+                if store is not None and mine is not None and mine is not own:
+                    store.save(client, assignment.round, mine)
+            except Exception as why:  # whatever goes wrong on a client is that client's failure
+                yield ClientFailure(client, f"{type(why).__name__}: {why}")
+            else:
+                yield update
+            progress(client)
+
+    return exchange

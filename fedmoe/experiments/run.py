@@ -1,0 +1,261 @@
+"""Run an experiment, with a log line and a checkpoint each round; go on with one that was killed.
+
+A run owns one folder: `experiment.json` says how to make the experiment again, `run.json` and
+`rounds.jsonl` are the log (fedmoe/report/log.py), `checkpoints/` the server's state and `personal/`
+what clients keep. A round counts as done when its checkpoint is in place. Its log line is written
+just before; a line whose checkpoint is missing is cut off on resuming, and written again.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmoe.checkpoint import content_hash, newest_checkpoint, save_checkpoint
+from fedmoe.exchange.inprocess import in_process
+from fedmoe.exchange.personal import PersonalStore
+from fedmoe.experiments.experiment import Experiment
+from fedmoe.experiments.memory import peak_bytes
+from fedmoe.federated.local import accuracy
+from fedmoe.federated.rounds import RoundReport, run_rounds
+from fedmoe.report.log import ClientAccuracy, ClientEntry, RoundRecord, RunInfo, RunLog
+from fedmoe.state import layer_sizes, load_state, nothing, other_than, split_state, take_names
+from fedmoe.types import Assignment, MoEState, SubMoE
+from fedmoe.wire.messages import message_bytes, model_bytes, model_tensors
+
+PACKAGES = ("fedmoe", "torch", "flwr", "flwr-datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How to make an experiment again: what was named, and what was changed about it."""
+
+    target: str  # of the table of experiments, or module:function
+    method: str
+    seed: int
+    rounds: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Atomically, as experiment.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / f".experiment.json.{os.getpid()}"
+        beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        beside.replace(folder / "experiment.json")
+
+    @staticmethod
+    def read(folder: Path) -> "Spec":
+        """Raises ValueError where there is none, or it is not one."""
+        path = folder / "experiment.json"
+        try:
+            return Spec(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError as why:
+            raise ValueError(f"{folder} holds no run: {path.name} is missing") from why
+        except (TypeError, ValueError) as why:
+            raise ValueError(f"{path} does not describe an experiment: {why}") from why
+
+
+def run_experiment(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
+    on_client: Callable[[int], None] = lambda client: None,
+    on_round: Callable[[RoundRecord], None] = lambda record: None,
+    complain: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Run to the end; returns the content hash of the server's last state.
+
+    Raises:
+        FileExistsError: the folder holds a run already, and `resume` is not asked for.
+    """
+    model = split_state(experiment.factory())
+    state = experiment.strategy.init(model, experiment.clients)
+    first = 0
+    if resume and (folder / "run.json").exists():
+        log = RunLog.open(folder)
+        found = newest_checkpoint(folder / "checkpoints", type(state), complain)
+        if found is not None:
+            first, state = found
+        log.truncate_to(first)
+    else:
+        log = RunLog.create(folder, _run_info(experiment, model))
+    personal = experiment.plan.personal
+    exchange = in_process(
+        experiment.factory,
+        experiment.data.load,
+        experiment.plan,
+        experiment.schedule.seed,
+        store=None if personal is nothing else PersonalStore(folder / "personal"),
+        device=device,
+        progress=on_client,
+    )
+    memory = _Memory(experiment, device)
+
+    def prepare(assignment: Assignment) -> Assignment:
+        return without(assignment, personal)
+
+    def after_round(report: RoundReport[Any]) -> None:
+        final = report.phase == "final"
+        digest = content_hash(report.state)
+        merged = experiment.strategy.merged(report.state) if final else None
+        shown = None
+        if merged is not None and not take_names(merged, personal).shared:
+            shown = merged_accuracy(experiment, merged, device)
+        record = _record(report, layer_sizes_of(experiment), memory, shown, digest)
+        log.append(record)
+        if not final:
+            save_checkpoint(folder / "checkpoints", report.round + 1, report.state)
+        on_round(record)
+
+    end = run_rounds(
+        experiment.strategy,
+        state,
+        experiment.clients,
+        exchange,
+        experiment.schedule,
+        first=first,
+        measure=message_bytes,
+        prepare=prepare,
+        after_round=after_round,
+    )
+    return content_hash(end)
+
+
+def without(assignment: Assignment, personal: Callable[[str], bool]) -> Assignment:
+    """The assignment without the parameters that clients keep to themselves."""
+    if personal is nothing:
+        return assignment
+    kept = other_than(personal)
+    rows = take_names(MoEState({}, assignment.absent_rows), kept).experts
+    return replace(assignment, model=take_names(assignment.model, kept), absent_rows=rows)
+
+
+def merged_accuracy(
+    experiment: Experiment, merged: MoEState, device: torch.device | str = "cpu"
+) -> float:
+    """Accuracy of the one full model over all clients' test parts together."""
+    device = torch.device(device)
+    model = experiment.factory()
+    load_state(model, merged)
+    model.to(device)
+    right, total = 0.0, 0
+    for c in experiment.clients:
+        test = experiment.data.load(c.id).test
+        if len(test.y):
+            right += accuracy(model, test, device) * len(test.y)
+            total += len(test.y)
+    return right / max(total, 1)
+
+
+def layer_sizes_of(experiment: Experiment) -> tuple[int, ...]:
+    with torch.device("meta"):
+        return layer_sizes(experiment.factory())
+
+
+class _Memory:
+    """Peak memory of a client by the number of experts that it holds, measured once each."""
+
+    def __init__(self, experiment: Experiment, device: torch.device | str) -> None:
+        self.experiment, self.device = experiment, device
+        self.known: dict[tuple[int, ...], int] = {}
+
+    def of(self, sub_moe: SubMoE, num_layers: int) -> int:
+        counts = tuple(sum(e.layer == i for e in sub_moe) for i in range(num_layers))
+        if counts not in self.known:
+            self.known[counts] = peak_bytes(self.experiment, sub_moe, self.device)
+        return self.known[counts]
+
+
+def _record(
+    report: RoundReport[Any],
+    sizes: tuple[int, ...],
+    memory: _Memory,
+    merged: float | None,
+    digest: str,
+) -> RoundRecord:
+    held = {
+        c: [sorted(e.expert for e in s if e.layer == i) for i in range(len(sizes))]
+        for c, s in sorted(report.held.items())
+    }
+    losses = [m["loss"] for m in report.metrics.values() if "loss" in m]
+    accuracies = {
+        c: ClientAccuracy(
+            m.get("received_validation"),
+            m.get("received_test"),
+            m.get("trained_validation"),
+            m.get("trained_test"),
+        )
+        for c, m in sorted(report.metrics.items())
+        if "received_test" in m
+    }
+    trained = sorted(c for c, m in report.metrics.items() if "loss" in m)
+    return RoundRecord(
+        round=report.round,
+        phase=report.phase,
+        seconds=report.seconds,
+        bytes_down=report.bytes_down,
+        bytes_up=report.bytes_up,
+        bytes_once=report.bytes_down if report.phase == "explore" else 0,
+        clients=sorted(report.held),
+        failed=sorted(report.failed, key=lambda f: f.client),
+        refused=sorted(report.refused, key=lambda f: f.client),
+        # Summed in order of client, so that a log does not depend on who answered first.
+        loss=sum(sorted(losses)) / len(losses) if losses else None,
+        held=held,
+        count={c: p.count_LE.tolist() for c, p in sorted(report.profiles.items())},
+        changes=report.changes,
+        accuracy=accuracies or None,
+        global_accuracy=merged,
+        memory_bytes={c: memory.of(report.held[c], len(sizes)) for c in trained},
+        model_hash=digest,
+    )
+
+
+def _run_info(experiment: Experiment, model: MoEState) -> RunInfo:
+    entries = []
+    for c in experiment.clients:
+        data = experiment.data.load(c.id)
+        entries.append(
+            ClientEntry(
+                id=c.id,
+                group=experiment.data.groups.get(c.id),
+                memory_bytes=c.memory_bytes,
+                num_train=len(data.train.y),
+                num_validation=len(data.validation.y),
+                num_test=len(data.test.y),
+            )
+        )
+    tensors = model_tensors(model)
+    return RunInfo(
+        experiment=experiment.name,
+        method=experiment.method,
+        seed=experiment.schedule.seed,
+        rounds=experiment.schedule.rounds,
+        num_experts_L=layer_sizes_of(experiment),
+        num_classes=experiment.data.num_classes,
+        partition_hash=experiment.data.partition_hash,
+        versions=versions(),
+        machine={"machine": platform.machine(), "cores": os.cpu_count() or 1},
+        model_parameters=sum(t.numel() for t in tensors.values()),
+        full_bytes=model_bytes(tensors),
+        clients=entries,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

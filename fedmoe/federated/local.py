@@ -1,0 +1,317 @@
+"""One client's share of a round: load the assigned part, train it in phases, report.
+
+Shape suffixes: N examples, B examples of a batch, C classes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fedmoe.data.examples import ClientData, Examples
+from fedmoe.device import autocast
+from fedmoe.nn.losses import load_balance_loss, z_loss
+from fedmoe.profile import open_gates, profile_of, watch_gates
+from fedmoe.rng import torch_generator
+from fedmoe.state import (
+    NameTest,
+    build_part,
+    everything,
+    layer_sizes,
+    load_state,
+    moe_layers,
+    named_by_role,
+    nothing,
+    other_than,
+    overlay,
+    split_state,
+    take_names,
+)
+from fedmoe.types import (
+    ActivationProfile,
+    Assignment,
+    ClientUpdate,
+    Job,
+    MoEState,
+    Routing,
+    SubMoE,
+)
+
+EVALUATION_BATCH = 500  # examples; bounds the memory that an evaluation takes
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs during which only the parameters that `trains` names move."""
+
+    trains: NameTest = everything
+    epochs: int = 1
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """What a client does with its part of the model, and what it keeps to itself."""
+
+    phases: tuple[Phase, ...] = (Phase(),)
+    personal: NameTest = nothing  # these never leave the client
+    lr: float = 0.05
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch_size: int = 20  # examples
+    label_smoothing: float = 0.0
+    balance: float = 0.0  # weight of the load-balance loss, summed over MoE layers
+    z: float = 0.0  # weight of the router z-loss, summed over MoE layers
+    proximal: float = 0.0  # FedProx's mu: pull towards the parameters as received
+
+    def __post_init__(self) -> None:
+        if not self.phases or all(p.epochs < 1 for p in self.phases):
+            raise ValueError("phases must train for at least 1 epoch in all, got none")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 example, got {self.batch_size}")
+        for name in ("lr", "momentum", "weight_decay", "balance", "z", "proximal"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number of 0 or more, got {value}")
+
+
+def private_router(plan: LocalPlan) -> LocalPlan:
+    """As `plan`, but the gates' rows stay on the client."""
+    personal = plan.personal
+    return replace(plan, personal=lambda name: name.startswith("gates.") or personal(name))
+
+
+def frozen_router(plan: LocalPlan) -> LocalPlan:
+    """As `plan`, but the gates' rows never move."""
+    phases = tuple(Phase(_both(p.trains, _not_a_gate), p.epochs) for p in plan.phases)
+    return replace(plan, phases=phases)
+
+
+def fedper(head: NameTest, plan: LocalPlan) -> LocalPlan:
+    """As `plan`, but the parameters that `head` names stay on the client.
+
+    FedPer: Arivazhagan et al. 2019, arXiv:1912.00818.
+    """
+    return replace(plan, personal=head)
+
+
+def fedrep(head: NameTest, plan: LocalPlan, head_epochs: int = 5) -> LocalPlan:
+    """As FedPer, but the head trains first, on the body as it arrived, and then the body.
+
+    FedRep: Collins et al. 2021, arXiv:2102.07078.
+    """
+    epochs = sum(p.epochs for p in plan.phases)
+    phases = (Phase(head, head_epochs), Phase(other_than(head), epochs))
+    return replace(plan, personal=head, phases=phases)
+
+
+def work(
+    client: int,
+    assignment: Assignment,
+    factory: Callable[[], nn.Module],
+    data: ClientData,
+    plan: LocalPlan,
+    personal: MoEState | None,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> tuple[ClientUpdate, MoEState | None]:
+    """Do what the server assigned. Profiling the training costs no pass of its own.
+
+    Args:
+        factory: makes the full model, with the parameters that every client starts from.
+        personal: the client's own parameters after its last training; None at first.
+
+    Returns:
+        What goes to the server, and the client's own parameters for its next round.
+
+    Raises:
+        ValueError: the assignment does not fit the model, the client has no training data, or
+            its loss is not finite.
+    """
+    device = torch.device(device)
+    if not len(data.train.y):
+        raise ValueError(f"client {client} has no training examples: leave it out of the run")
+    own = own_part(factory, assignment.sub_moe, plan.personal, personal)
+    model = build_part(factory, assignment.sub_moe)
+    load_state(model, overlay(assignment.model, own), assignment.absent_rows)
+    model.to(device)
+    sizes = layer_sizes(model)
+    num_examples = len(data.train.y)
+
+    if assignment.job is Job.SCOUT:
+        open_gates(model)
+        profile = profile_data(model, data.train, device)
+        return ClientUpdate(client, num_examples, MoEState({}, {}), profile, {}), personal
+
+    metrics: dict[str, float] = {}
+    if assignment.evaluate:
+        metrics["received_validation"] = accuracy(model, data.validation, device)
+        metrics["received_test"] = accuracy(model, data.test, device)
+    profile, metrics["loss"] = train(
+        model, data.train, plan, torch_generator(seed, assignment.round, client), device, client
+    )
+    if assignment.evaluate or assignment.validate:
+        metrics["trained_validation"] = accuracy(model, data.validation, device)
+    if assignment.evaluate:
+        metrics["trained_test"] = accuracy(model, data.test, device)
+    metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
+    if assignment.job is Job.EVALUATE:
+        empty = ActivationProfile.empty(len(sizes), max(sizes, default=0))
+        return ClientUpdate(client, num_examples, MoEState({}, {}), empty, metrics), personal
+
+    state = split_state(model)
+    mine = take_names(state, plan.personal)
+    ours = take_names(state, other_than(plan.personal))
+    if personal is not None:  # experts that it held before and may hold again
+        mine = overlay(personal, mine)
+    return ClientUpdate(client, num_examples, ours, profile, metrics), mine
+
+
+def own_part(
+    factory: Callable[[], nn.Module],
+    sub_moe: SubMoE,
+    test: NameTest,
+    personal: MoEState | None,
+) -> MoEState:
+    """A client's own parameters for these experts: as it left them, or as everybody starts."""
+    if test is nothing:
+        return MoEState({}, {})
+    start = take_names(split_state(factory()).only(sub_moe), test)
+    if personal is None:
+        return start
+    held = {e: s for e, s in personal.experts.items() if e in sub_moe}
+    return overlay(start, MoEState(personal.shared, held))
+
+
+def train(
+    model: nn.Module,
+    examples: Examples,
+    plan: LocalPlan,
+    generator: torch.Generator,
+    device: torch.device,
+    client: int = 0,
+) -> tuple[ActivationProfile, float]:
+    """Train in place; returns how experts were used, and the mean loss over examples and epochs.
+
+    An expert that saw no token in a step is left alone by the optimizer in that step: no
+    momentum, no weight decay.
+    """
+    sizes = layer_sizes(model)
+    total = ActivationProfile.empty(len(sizes), max(sizes, default=0))
+    received = {n: p.detach().clone() for n, p in named_by_role(model)} if plan.proximal else {}
+    loss_sum, seen = 0.0, 0
+    model.train()
+    x_N, y_N = examples.x.to(device), examples.y.to(device)
+    for phase in plan.phases:
+        moving = [(n, p) for n, p in named_by_role(model) if phase.trains(n)]
+        if not moving or phase.epochs < 1:
+            continue
+        for name, p in named_by_role(model):
+            p.requires_grad_(phase.trains(name))
+        optimizer = torch.optim.SGD(
+            [p for _, p in moving],
+            lr=plan.lr,
+            momentum=plan.momentum,
+            weight_decay=plan.weight_decay,
+        )
+        for index_B in _batches(len(y_N), plan.batch_size, phase.epochs, generator):
+            x_B, y_B = x_N[index_B], y_N[index_B]
+            with watch_gates(model) as routings, autocast(device):
+                task_loss = nn.functional.cross_entropy(
+                    model(x_B).float(), y_B, label_smoothing=plan.label_smoothing
+                )
+                loss = task_loss + _routing_losses(model, routings, plan)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            step_profile = profile_of(routings, sizes)
+            _spare_unused_experts(model, step_profile)
+            for name, p in moving:
+                if plan.proximal and p.grad is not None:
+                    p.grad.add_(p.detach() - received[name], alpha=plan.proximal)
+            optimizer.step()
+            total = total + step_profile
+            loss_sum += float(task_loss.detach()) * len(index_B)
+            seen += len(index_B)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    mean_loss = loss_sum / max(seen, 1)
+    if not math.isfinite(mean_loss):
+        raise ValueError(
+            f"client {client}: the training loss must be finite, got {mean_loss}; "
+            f"a smaller lr than {plan.lr} may help"
+        )
+    return total, mean_loss
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, examples: Examples, device: torch.device) -> float:
+    """Share of examples whose highest logit is their label; nan when there are none."""
+    if not len(examples.y):
+        return math.nan
+    model.eval()
+    right = 0
+    for x_B, y_B in _slices(examples):
+        with autocast(device):
+            logit_BC = model(x_B.to(device))
+        right += int((logit_BC.argmax(-1) == y_B.to(device)).sum())
+    return right / len(examples.y)
+
+
+@torch.no_grad()
+def profile_data(model: nn.Module, examples: Examples, device: torch.device) -> ActivationProfile:
+    """How the data uses the experts, without training."""
+    sizes = layer_sizes(model)
+    model.eval()
+    total = ActivationProfile.empty(len(sizes), max(sizes, default=0))
+    for x_B, _ in _slices(examples):
+        with watch_gates(model) as routings, autocast(device):
+            model(x_B.to(device))
+        total = total + profile_of(routings, sizes)
+    return total
+
+
+def _slices(examples: Examples) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(
+        examples.x.split(EVALUATION_BATCH), examples.y.split(EVALUATION_BATCH), strict=True
+    )
+
+
+def _batches(
+    num_examples: int, batch_size: int, epochs: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    for _ in range(epochs):
+        yield from torch.randperm(num_examples, generator=generator).split(batch_size)
+
+
+def _routing_losses(
+    model: nn.Module, routings: Mapping[int, Routing], plan: LocalPlan
+) -> Tensor | float:
+    total: Tensor | float = 0.0
+    if not (plan.balance or plan.z):
+        return total
+    for layer, (_, moe) in enumerate(moe_layers(model)):
+        if layer in routings:
+            if plan.balance:
+                balance = load_balance_loss(routings[layer], moe.present_E)
+                total = total + plan.balance * balance
+            if plan.z:
+                total = total + plan.z * z_loss(routings[layer])
+    return total
+
+
+def _spare_unused_experts(model: nn.Module, profile: ActivationProfile) -> None:
+    """Take the gradients (zeros, if any) from experts that saw no token in this step."""
+    for layer, (_, moe) in enumerate(moe_layers(model)):
+        for number, expert in moe.experts.items():
+            if not profile.count_LE[layer, int(number)]:
+                for p in expert.parameters():
+                    p.grad = None
+
+
+def _both(a: NameTest, b: NameTest) -> NameTest:
+    return lambda name: a(name) and b(name)
+
+
+def _not_a_gate(name: str) -> bool:
+    return not name.startswith("gates.")

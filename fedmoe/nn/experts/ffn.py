@@ -1,0 +1,30 @@
+"""The feed-forward expert: two linear maps around a ReLU or a GELU.
+
+Shape suffixes: N tokens of this expert, D width, F hidden width, O output width.
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+Activation = Literal["relu", "gelu"]
+
+
+class FFN(nn.Module):
+    """(N, dim) -> (N, out); `out` is `dim` unless given."""
+
+    def __init__(
+        self, dim: int, hidden: int, out: int | None = None, activation: Activation = "relu"
+    ) -> None:
+        super().__init__()
+        if activation not in ("relu", "gelu"):
+            raise ValueError(f'activation must be "relu" or "gelu", got {activation!r}')
+        self.dim, self.hidden, self.activation = dim, hidden, activation
+        self.out_dim = dim if out is None else out
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, self.out_dim)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        act = nn.functional.relu if self.activation == "relu" else nn.functional.gelu
+        y_NO: Tensor = self.down(act(self.up(x_ND)))
+        return y_NO

@@ -1,0 +1,131 @@
+"""Small image models with experts, for images like Fashion-MNIST's.
+
+The CNN is the one usual in work on personalised federated learning (two 5x5 convolutions, a hidden
+layer of 512); ours cuts its hidden layer into experts. The ViT follows Dosovitskiy et al. 2020,
+"An Image is Worth 16x16 Words", arXiv:2010.11929, with mean pooling instead of a class token, and
+MoE layers in place of the feed-forward parts, as Riquelme et al. 2021, arXiv:2106.05974.
+
+Shape suffixes: N images, C channels, P patches, D width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fedmoe.nn.experts.ffn import FFN
+from fedmoe.nn.gates.topk import GateMass, TopKGate
+from fedmoe.nn.init import seeded
+from fedmoe.nn.moe import MoE
+from fedmoe.nn.transformer import Block
+
+CNN_WIDTH = 1024  # 64 channels of 4 x 4 after two convolutions and poolings of 28 x 28
+
+
+class StemAndHead(nn.Module):
+    """A body that makes features, and a head that classifies them."""
+
+    def __init__(self, stem: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+        self.head = head
+
+    def forward(self, image_NCHW: Tensor) -> Tensor:
+        logit_NO: Tensor = self.head(self.stem(image_NCHW))
+        return logit_NO
+
+
+def fashion_cnn(
+    num_experts: int = 16,
+    hidden: int = 32,
+    k: int = 2,
+    num_classes: int = 10,
+    seed: int = 0,
+    gate_mass: GateMass = "renormalise",
+) -> StemAndHead:
+    """`dense_cnn` with its hidden layer cut into `num_experts` experts of width `hidden`.
+
+    Each expert has its own slice of the classifier, so the MoE layer's output is the logits.
+    Takes (N, 1, 28, 28).
+    """
+
+    def build() -> StemAndHead:
+        experts = {e: FFN(CNN_WIDTH, hidden, num_classes) for e in range(num_experts)}
+        gate = TopKGate(CNN_WIDTH, num_experts, k, gate_mass=gate_mass)
+        return StemAndHead(_cnn_stem(), MoE(gate, experts, num_experts))
+
+    return seeded(build, seed)
+
+
+def dense_cnn(num_classes: int = 10, hidden: int = 512, seed: int = 0) -> StemAndHead:
+    """Two convolutions and one hidden layer: 582,026 parameters at the defaults."""
+    return seeded(lambda: StemAndHead(_cnn_stem(), FFN(CNN_WIDTH, hidden, num_classes)), seed)
+
+
+def _cnn_stem() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+    )
+
+
+class PatchStem(nn.Module):
+    """Images to patch tokens with learned positions: (N, C, H, W) -> (N, P, D)."""
+
+    def __init__(self, image: int, channels: int, patch: int, dim: int) -> None:
+        super().__init__()
+        if image % patch:
+            raise ValueError(f"image must be a multiple of the patch width {patch}, got {image}")
+        self.patches = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
+        # From 0: the patches alone break the symmetry.
+        self.position_PD = nn.Parameter(torch.zeros((image // patch) ** 2, dim))
+
+    def forward(self, image_NCHW: Tensor) -> Tensor:
+        token_NPD: Tensor = self.patches(image_NCHW).flatten(2).transpose(1, 2)
+        return token_NPD + self.position_PD
+
+
+class ViT(nn.Module):
+    """Patches, blocks, the mean over patches, a linear classifier."""
+
+    def __init__(
+        self, stem: PatchStem, block: Callable[[], Block], depth: int, dim: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.Sequential(*(block() for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+
+    def forward(self, image_NCHW: Tensor) -> Tensor:
+        token_NPD: Tensor = self.norm(self.blocks(self.stem(image_NCHW)))
+        logit_NO: Tensor = self.head(token_NPD.mean(1))
+        return logit_NO
+
+
+def small_vit(
+    image: int = 28,
+    channels: int = 1,
+    patch: int = 7,
+    dim: int = 64,
+    depth: int = 2,
+    heads: int = 4,
+    hidden: int = 128,
+    num_experts: int = 8,
+    k: int = 2,
+    num_classes: int = 10,
+    seed: int = 0,
+    gate_mass: GateMass = "renormalise",
+) -> ViT:
+    """A ViT of `depth` blocks, each with a MoE layer; 16 tokens an image at the defaults."""
+
+    def block() -> Block:
+        experts = {e: FFN(dim, hidden, activation="gelu") for e in range(num_experts)}
+        gate = TopKGate(dim, num_experts, k, gate_mass=gate_mass)
+        return Block(dim, heads, MoE(gate, experts, num_experts))
+
+    def build() -> ViT:
+        return ViT(PatchStem(image, channels, patch, dim), block, depth, dim, num_classes)
+
+    return seeded(build, seed)
