@@ -31,7 +31,7 @@ KEEP = 3  # newest checkpoints that stay on disk
 T = TypeVar("T")
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpointError(ValueError):
     """A checkpoint whose content is not what was written; says which file, and what is wrong."""
 
 
@@ -67,23 +67,23 @@ def load_checkpoint(path: Path, kind: type[T]) -> tuple[int, T]:
     """Read one checkpoint: the round that comes next, and the state.
 
     Raises:
-        DamagedCheckpoint: a file is missing, changed, or not of this format or `kind`.
+        DamagedCheckpointError: a file is missing, changed, or not of this format or `kind`.
     """
     try:
         head = json.loads((path / "state.json").read_bytes())
         raw = (path / "state.safetensors").read_bytes()
     except (OSError, ValueError) as why:
-        raise DamagedCheckpoint(f"{path}: cannot be read: {why}") from why
+        raise DamagedCheckpointError(f"{path}: cannot be read: {why}") from why
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         found = head.get("format") if isinstance(head, dict) else None
-        raise DamagedCheckpoint(f"{path / 'state.json'}: format must be {FORMAT}, got {found}")
+        raise DamagedCheckpointError(f"{path / 'state.json'}: format must be {FORMAT}, got {found}")
     try:
         text = json.dumps(head["state"], sort_keys=True)
         if _digest(raw, text) != head["digest"]:
-            raise DamagedCheckpoint(f"{path}: its content does not match its hash")
+            raise DamagedCheckpointError(f"{path}: its content does not match its hash")
         return int(head["round"]), _decode(kind, head["state"], load_tensors(raw))
     except (KeyError, TypeError, AttributeError) as why:
-        raise DamagedCheckpoint(f"{path}: is not a {kind.__name__}: {why!r}") from why
+        raise DamagedCheckpointError(f"{path}: is not a {kind.__name__}: {why!r}") from why
 
 
 def newest_checkpoint(
@@ -93,7 +93,7 @@ def newest_checkpoint(
     for _, path in sorted(_all(folder), reverse=True):
         try:
             return load_checkpoint(path, kind)
-        except DamagedCheckpoint as why:
+        except DamagedCheckpointError as why:
             complain(f"{why}; falling back to the checkpoint before it")
     return None
 

@@ -122,8 +122,8 @@ def load_state(
                 for name, value in own.items():
                     if not name.startswith(ROW):
                         target[name].copy_(value)
-            rows = {e.expert: r for e, r in absent_rows.items() if e.layer == layer}
-            _load_rows(moe, rows | held)
+            absent = {e.expert: r for e, r in absent_rows.items() if e.layer == layer}
+            _load_rows(moe, absent | held)
 
 
 def build_part(factory: Callable[[], nn.Module], sub_moe: SubMoE) -> nn.Module:

@@ -85,12 +85,11 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     Raises:
         ValueError: another format, another shape, too few bytes or too many.
     """
-    wanted_header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)
     num_bytes = math.prod(shape)
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
-            header = file.read(len(wanted_header))
+            header = file.read(4 + 4 * len(shape))
             _check_header(path, header, shape)
             body = file.read(num_bytes)
             more = file.read(1)

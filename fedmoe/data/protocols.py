@@ -107,9 +107,9 @@ def published(
 ) -> FederatedData:
     """The published setting: all images over 20 clients, by Dirichlet(0.1) or 2 labels each.
 
-    As in PFLlib (Zhang et al., 2023, arXiv:2312.04992): training and test images merged, client sizes
-    as they fall, 75 % of each client's images to train and 25 % to test. Ours takes one tenth of
-    the 75 % for validation, and uses flwr-datasets' partitioners, so partitions differ in detail.
+    As in PFLlib (Zhang et al., 2023, arXiv:2312.04992): training and test images merged, client
+    sizes as they fall, 75 % of each client's images to train and 25 % to test. Ours takes one
+    tenth of the 75 % for validation, and flwr-datasets' partitioners differ in detail.
 
     `share` draws that share of each label's images first; 0.2 is the published fifth. `source`
     stands in for Fashion-MNIST: uint8 images (N, 28, 28) and labels 0 to 9.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load, save
+from torch import Tensor
 
 from fedmoe.types import ExpertId, MoEState
 from fedmoe.wire.messages import model_tensors
@@ -36,7 +37,8 @@ class PersonalStore:
             tensors = load(path.read_bytes())
         except Exception as why:  # safetensors has no common class for what damage raises
             raise ValueError(f"client {client}: {path} is damaged: {why}") from why
-        shared, experts = {}, {}
+        shared: dict[str, Tensor] = {}
+        experts: dict[ExpertId, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             part, _, rest = name.partition("/")
             if part == "shared":

@@ -101,7 +101,7 @@ def published(
     partition: Literal["dirichlet", "pathological"] = "dirichlet",
     share: float = 1.0,
 ) -> Methods:
-    """20 clients over all images (or a share), skewed labels: the setting of public leaderboards."""
+    """20 clients over all images (or a share), skewed labels: as public leaderboards have it."""
     plan = LocalPlan((Phase(epochs=1),), lr=0.005, batch_size=10, balance=0.01)
     data = published_data(seed, partition=partition, share=share)
     return methods(

@@ -8,8 +8,8 @@ from fedmoe.types import Assignment, ClientUpdate, ExpertId, Job, MoEState, Stat
 MAX_EXAMPLES = 2**24  # a client that claims more is not believed
 
 
-class RefusedUpdate(ValueError):
-    """An update that is left out of the round; says which client's, and what is wrong with it."""
+class RefusedUpdateError(ValueError):
+    """An update that is left out of its round; says whose it is, and what is wrong with it."""
 
 
 def check_update(update: ClientUpdate, assignment: Assignment, model: MoEState) -> None:
@@ -20,11 +20,11 @@ def check_update(update: ClientUpdate, assignment: Assignment, model: MoEState) 
         model: the server's model, whose names, shapes and dtypes are the law.
 
     Raises:
-        RefusedUpdate: it is malformed, not finite, implausible, or holds what was not assigned.
+        RefusedUpdateError: it is malformed, not finite, implausible, or holds what was not assigned.
     """
 
     def refuse(why: str) -> None:
-        raise RefusedUpdate(f"client {update.client}: {why}")
+        raise RefusedUpdateError(f"client {update.client}: {why}")
 
     if not 1 <= update.num_examples <= MAX_EXAMPLES:
         refuse(f"num_examples must be between 1 and {MAX_EXAMPLES}, got {update.num_examples}")
@@ -61,15 +61,15 @@ def _check_profile(update: ClientUpdate, refuse_name: str) -> None:
     shape = tuple(p.count_LE.shape)
     same = p.count_LE.dim() == 2 and all(tuple(t.shape) == shape for t in (p.weight_LE, p.score_LE))
     if not same or tuple(p.token_L.shape) != shape[:1]:
-        raise RefusedUpdate(f"{refuse_name}: its profile's tables differ in shape")
+        raise RefusedUpdateError(f"{refuse_name}: its profile's tables differ in shape")
     if p.count_LE.is_floating_point() or p.token_L.is_floating_point():
-        raise RefusedUpdate(f"{refuse_name}: its profile's counts must be whole numbers")
+        raise RefusedUpdateError(f"{refuse_name}: its profile's counts must be whole numbers")
     if not (p.weight_LE.isfinite().all() and p.score_LE.isfinite().all()):
-        raise RefusedUpdate(f"{refuse_name}: its profile must be finite")
+        raise RefusedUpdateError(f"{refuse_name}: its profile must be finite")
     if bool((p.count_LE < 0).any()) or bool((p.weight_LE < 0).any()):
-        raise RefusedUpdate(f"{refuse_name}: its profile must not be negative")
+        raise RefusedUpdateError(f"{refuse_name}: its profile must not be negative")
     if bool((p.count_LE > p.token_L[:, None]).any()):
-        raise RefusedUpdate(f"{refuse_name}: an expert cannot run more tokens than passed its layer")
+        raise RefusedUpdateError(f"{refuse_name}: an expert ran more tokens than passed its layer")
 
 
 def _problem_of(what: str, got: State, wanted: State, weight: int) -> str | None:

@@ -287,7 +287,7 @@ class FedMoE:
         return out_KLE
 
     def _advised(self, state: FedMoEState, notes: Sequence[ClientUpdate]) -> FedMoEState:
-        """Stage two's adjustment: take advice when stuck, keep what helps, else go back for good."""
+        """Stage two: a stuck client takes advice, keeps what helps, else goes back for good."""
         if self.patience is None:
             return state
         progress, sub_moes = dict(state.progress), dict(state.sub_moes)

@@ -273,7 +273,9 @@ def profile_data(model: nn.Module, examples: Examples, device: torch.device) -> 
 
 def _slices(examples: Examples) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(
-        examples.x.split(EVALUATION_BATCH), examples.y.split(EVALUATION_BATCH), strict=True
+        torch.split(examples.x, EVALUATION_BATCH),
+        torch.split(examples.y, EVALUATION_BATCH),
+        strict=True,
     )
 
 
@@ -281,7 +283,8 @@ def _batches(
     num_examples: int, batch_size: int, epochs: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
     for _ in range(epochs):
-        yield from torch.randperm(num_examples, generator=generator).split(batch_size)
+        order_N = torch.randperm(num_examples, generator=generator)
+        yield from torch.split(order_N, batch_size)
 
 
 def _routing_losses(

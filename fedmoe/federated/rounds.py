@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic
 
-from fedmoe.federated.check import RefusedUpdate, check_update
+from fedmoe.federated.check import RefusedUpdateError, check_update
 from fedmoe.rng import numpy_generator
 from fedmoe.types import (
     ActivationProfile,
@@ -158,12 +158,12 @@ def _accepted(
         report.bytes_up += measure(reply)
         try:
             if reply.client not in assignments:
-                raise RefusedUpdate(f"client {reply.client}: was not asked this round")
+                raise RefusedUpdateError(f"client {reply.client}: was not asked this round")
             if reply.client in answered:
-                raise RefusedUpdate(f"client {reply.client}: has answered this round already")
+                raise RefusedUpdateError(f"client {reply.client}: has answered this round already")
             assignment = assignments[reply.client]
             check_update(reply, assignment, assignment.model if model is None else model)
-        except RefusedUpdate as why:
+        except RefusedUpdateError as why:
             report.refused.append(ClientFailure(reply.client, str(why)))
             continue
         answered.add(reply.client)

@@ -1,32 +1,143 @@
 """Running each expert on the tokens that weigh it, and adding the weighted outputs.
 
-Shape suffixes: T tokens, D width, O output width, E experts, N tokens of one expert.
+`mix_loop` is the definition. `mix` does the same faster: it sorts the (token, expert) pairs by
+expert, gathers their tokens once, runs the experts on consecutive rows, and adds each token's
+outputs up in one go. How the rows run depends on what the experts are: see `mix`.
+
+Shape suffixes: T tokens, D width, O output width, E experts, H held experts, N tokens of one
+expert, R rows: the pairs of a token and a held expert that it weighs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from fedmoe.nn.ffn_rows import grouped_fits, plain_ffns, run_grouped, run_one_node
+
+# On a CPU, grouped matmul first copies the weights of all its experts side by side. Up to this
+# size of an expert that costs less than calling into each expert in turn (2-core EPYC, torch 2.13).
+GROUPED_MAX_EXPERT_PARAMETERS = 40_000
+
+
+class Rows(NamedTuple):
+    """The pairs of a token and a held expert that it weighs, sorted by expert."""
+
+    token_R: Tensor  # which token
+    pair_R: Tensor  # where its weight is in the flattened weights
+    counts: list[int]  # rows of each held expert, in their order
+    back_R: Tensor  # the rows again, sorted by token
+    start_T: Tensor  # where each token's part of `back_R` begins
 
 
 def mix(x_TD: Tensor, weight_TE: Tensor, experts: Mapping[int, nn.Module], out_dim: int) -> Tensor:
-    """Each token's weighted sum of the outputs of its experts, in the dtype of `x_TD`."""
-    return mix_loop(x_TD, weight_TE, experts, out_dim)
+    """Each token's weighted sum of the outputs of its experts, (T, O) in the dtype of `x_TD`.
+
+    Experts without tokens do not run, and so have no gradient. The result can be differentiated
+    once, not twice.
+
+    Raises:
+        ValueError: an expert returns another shape than (N, O).
+    """
+    held = list(experts)
+    if held != list(range(weight_TE.shape[1])):
+        weight_TE = weight_TE[:, held]
+    rows = sort_rows(weight_TE.detach())
+    weight_R = weight_TE.reshape(-1).index_select(0, rows.pair_R)
+    used = [(e, n) for e, n in zip(held, rows.counts, strict=True) if n]
+    if not used:
+        return _nothing(x_TD, weight_R, out_dim)
+    x_RD = x_TD.index_select(0, rows.token_R)
+    y_RO = run_rows(x_RD, {e: experts[e] for e, _ in used}, [n for _, n in used], out_dim)
+    return add_up(y_RO, weight_R, rows).to(x_TD.dtype)
+
+
+def sort_rows(weight_TH: Tensor) -> Rows:
+    """Find the pairs with a weight, and sort them by expert and then token."""
+    num_tokens, held = weight_TH.shape
+    pair_R = weight_TH.reshape(-1).nonzero().squeeze(1)
+    token_R = pair_R.div(max(held, 1), rounding_mode="floor")
+    expert_R = pair_R - token_R * held
+    order_R = expert_R.argsort(stable=True)
+    back_R = torch.empty_like(order_R)
+    back_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    return Rows(
+        token_R=token_R.index_select(0, order_R),
+        pair_R=pair_R.index_select(0, order_R),
+        counts=expert_R.bincount(minlength=held).tolist(),
+        back_R=back_R,
+        start_T=torch.searchsorted(token_R, torch.arange(num_tokens, device=token_R.device)),
+    )
+
+
+def run_rows(
+    x_RD: Tensor, experts: Mapping[int, nn.Module], counts: Sequence[int], out_dim: int
+) -> Tensor:
+    """Give each expert its `counts` consecutive rows, none of them 0.
+
+    Plain feed-forward experts run as one grouped matmul on a GPU, or where they are small; else as
+    one node of the autograd graph. All other experts are called one after another.
+    """
+    ffns = plain_ffns(experts.values(), x_RD)
+    if ffns is None:
+        return run_segments(x_RD, experts, counts, out_dim)
+    small = ffns[0].numel <= GROUPED_MAX_EXPERT_PARAMETERS
+    if (small or x_RD.is_cuda) and grouped_fits(ffns, x_RD):
+        return run_grouped(x_RD, ffns, counts)
+    if torch.is_autocast_enabled(x_RD.device.type):  # which a node of our own does not see
+        return run_segments(x_RD, experts, counts, out_dim)
+    return run_one_node(x_RD, ffns, counts)
+
+
+def run_segments(
+    x_RD: Tensor, experts: Mapping[int, nn.Module], counts: Sequence[int], out_dim: int
+) -> Tensor:
+    """Call the experts one after another."""
+    segments = zip(experts.items(), torch.split(x_RD, list(counts)), strict=True)
+    return torch.cat([_checked(expert(x_ND), e, x_ND, out_dim) for (e, expert), x_ND in segments])
+
+
+def add_up(y_RO: Tensor, weight_R: Tensor, rows: Rows) -> Tensor:
+    """Each token's weighted sum of its rows, in the wider dtype of the two; none: zeros."""
+    dtype = torch.promote_types(y_RO.dtype, weight_R.dtype)
+    # A bag of embeddings is just that: rows of a table, gathered, weighed and added. Unlike
+    # index_add it writes each token once, and on a GPU always adds in the same order.
+    y_TO: Tensor = nn.functional.embedding_bag(
+        rows.back_R,
+        y_RO.to(dtype),
+        rows.start_T,
+        mode="sum",
+        per_sample_weights=weight_R.to(dtype).index_select(0, rows.back_R),
+    )
+    return y_TO
 
 
 def mix_loop(
     x_TD: Tensor, weight_TE: Tensor, experts: Mapping[int, nn.Module], out_dim: int
 ) -> Tensor:
-    """The definition: one expert after another. The faster ways must give the same."""
-    out_TO = x_TD.new_zeros(len(x_TD), out_dim)
+    """The definition: one expert after another. `mix` must give the same."""
+    out_TO = _nothing(x_TD, weight_TE[:0, 0], out_dim)
     for e, expert in experts.items():
         weight_T = weight_TE[:, e]
         chosen_N = weight_T.nonzero().squeeze(-1)
         if len(chosen_N):
-            y_NO = expert(x_TD[chosen_N])
-            if y_NO.shape != (len(chosen_N), out_dim):
-                raise ValueError(
-                    f"expert {e} must return ({len(chosen_N)}, {out_dim}), got {tuple(y_NO.shape)}"
-                )
-            y_NO = y_NO * weight_T[chosen_N, None]
+            x_ND = x_TD[chosen_N]
+            y_NO = _checked(expert(x_ND), e, x_ND, out_dim) * weight_T[chosen_N, None]
             out_TO = out_TO.index_add(0, chosen_N, y_NO.to(out_TO.dtype))
     return out_TO
+
+
+def _nothing(x_TD: Tensor, weight_0: Tensor, out_dim: int) -> Tensor:
+    """Zeros that still belong to the gate's graph, so that a loss on them has a gradient: zeros."""
+    zeros_TO = x_TD.new_zeros(len(x_TD), out_dim)
+    none_0 = torch.empty(0, dtype=torch.int64, device=x_TD.device)
+    return zeros_TO.index_add(0, none_0, weight_0[:, None].expand(0, out_dim).to(x_TD.dtype))
+
+
+def _checked(y_NO: Tensor, e: int, x_ND: Tensor, out_dim: int) -> Tensor:
+    if y_NO.shape != (len(x_ND), out_dim):
+        raise ValueError(
+            f"expert {e} must return ({len(x_ND)}, {out_dim}), got {tuple(y_NO.shape)}"
+        )
+    return y_NO

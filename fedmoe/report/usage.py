@@ -21,25 +21,26 @@ def as_sub_moe(layers: Sequence[Sequence[int]]) -> SubMoE:
     return frozenset(ExpertId(layer, e) for layer, row in enumerate(layers) for e in row)
 
 
-def held_by_round(run: Run) -> dict[int, list[SubMoE | None]]:
-    """What each client held in each of the run's rounds.
+def held_by_round(run: Run, client: int) -> list[SubMoE | None]:
+    """What a client held in each of the run's rounds.
 
-    A client that a round does not mention keeps what it had; None before it had anything.
+    A round that does not mention it leaves it what it had; None before it had anything.
     """
-    held: dict[int, list[SubMoE | None]] = {c.id: [] for c in run.info.clients}
+    history: list[SubMoE | None] = []
     for record in run.rounds:
-        for client, history in held.items():
-            if client in record.held:
-                history.append(as_sub_moe(record.held[client]))
-            else:
-                history.append(history[-1] if history else None)
-    return held
+        if client in record.held:
+            history.append(as_sub_moe(record.held[client]))
+        else:
+            history.append(history[-1] if history else None)
+    return history
 
 
 def held_at_end(run: Run) -> dict[int, SubMoE]:
     """What each client held last; clients that never held anything are left out."""
-    ends = {client: history[-1] for client, history in held_by_round(run).items() if history}
-    return {client: held for client, held in ends.items() if held is not None}
+    last: dict[int, Sequence[Sequence[int]]] = {}
+    for record in run.rounds:
+        last.update(record.held)
+    return {c.id: as_sub_moe(last[c.id]) for c in run.info.clients if c.id in last}
 
 
 def holders_by_layer(run: Run) -> list[NDArray[np.int64]]:

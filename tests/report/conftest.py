@@ -16,11 +16,6 @@ MIB = 2**20
 GROUPS = ("clipart", "painting", "photo", "sketch")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a moment")
-    config.addinivalue_line("markers", "browser: opens the page in Chromium")
-
-
 def make_info(
     method: str = "fedmoe",
     seed: int = 0,

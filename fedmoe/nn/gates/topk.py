@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fedmoe.types import Routing
 
+MAX_K_WITHOUT_SORT = 4  # a pass for each of the k costs less than a sort (16 and 64 experts)
+
 GateMass = Literal["renormalise", "full"]
 
 
@@ -48,21 +50,35 @@ class TopKGate(nn.Module):
         # Half precision would make ties, and so accidents, of close scores.
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logit_TE = nn.functional.linear(x_TD.to(dtype), self.proj.weight.to(dtype))
+            all_TE = nn.functional.linear(x_TD.to(dtype), self.proj.weight.to(dtype))
             choosable_E = present_E & self.known_E
-            in_softmax_E = choosable_E if self.gate_mass == "renormalise" else self.known_E
-            score_TE = masked_softmax(logit_TE, in_softmax_E)
-            weight_TE = keep_top_k(score_TE * choosable_E, self.k)
-            if self.gate_mass == "renormalise":
-                weight_TE = rows_to_one(weight_TE)
-        return Routing(weight_TE, score_TE, logit_TE.masked_fill(~choosable_E, -torch.inf))
+            logit_TE = _among(all_TE, choosable_E)
+            if self.gate_mass == "full":
+                score_TE = masked_softmax(all_TE, self.known_E)
+                weight_TE = keep_top_k(score_TE * choosable_E, self.k)
+                return Routing(weight_TE, score_TE, logit_TE)
+            score_TE = masked_softmax(all_TE, choosable_E)
+            if not choosable_E.any():
+                return Routing(score_TE, score_TE, logit_TE)
+            # More than there are would choose one twice.
+            k = min(self.k, int(choosable_E.sum()))
+            best_TK = top_k_indices(logit_TE.detach(), k)
+            # The same as their scores over the sum of these, but the loss reaches only K logits.
+            weight_TK = logit_TE.gather(-1, best_TK).softmax(-1)
+            weight_TE = torch.zeros_like(logit_TE).scatter(-1, best_TK, weight_TK)
+        return Routing(weight_TE, score_TE, logit_TE)
+
+
+def _among(logit_TE: Tensor, mask_E: Tensor) -> Tensor:
+    return logit_TE if mask_E.all() else logit_TE.masked_fill(~mask_E, -torch.inf)
 
 
 def masked_softmax(logit_TE: Tensor, mask_E: Tensor) -> Tensor:
     """Softmax over the experts in `mask_E`; 0 for the others, and everywhere if there are none."""
-    # Not -inf, of which a row of nothing else would come out as NaN, and its gradient too.
-    low = torch.finfo(logit_TE.dtype).min
-    return logit_TE.masked_fill(~mask_E, low).softmax(-1) * mask_E
+    if not mask_E.any():
+        # Softmax would make NaN of it. These zeros still let a gradient through: zeros.
+        return logit_TE.masked_fill(~mask_E, 0.0)
+    return _among(logit_TE, mask_E).softmax(-1)
 
 
 def keep_top_k(score_TE: Tensor, k: int) -> Tensor:
@@ -70,10 +86,24 @@ def keep_top_k(score_TE: Tensor, k: int) -> Tensor:
     num_experts = score_TE.shape[-1]
     if k >= num_experts:
         return score_TE
-    # torch.topk leaves open which of equal scores it takes; a stable sort does not.
-    order_TE = score_TE.detach().sort(dim=-1, descending=True, stable=True).indices
-    kept_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter_(-1, order_TE[..., :k], True)
-    return score_TE * kept_TE
+    best_TK = top_k_indices(score_TE.detach(), k)
+    return torch.zeros_like(score_TE).scatter(-1, best_TK, score_TE.gather(-1, best_TK))
+
+
+def top_k_indices(score_TE: Tensor, k: int) -> Tensor:
+    """The k highest of each row, highest first; of equal scores, lower expert numbers win.
+
+    Rows must have at least k scores above -inf.
+    """
+    # torch.topk leaves open which of equal scores it takes; a maximum and a stable sort do not.
+    if k > MAX_K_WITHOUT_SORT:
+        return score_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    best = [score_TE.max(-1, keepdim=True).indices]
+    rest_TE = score_TE.clone() if k > 1 else score_TE
+    while len(best) < k:
+        rest_TE.scatter_(-1, best[-1], -torch.inf)
+        best.append(rest_TE.max(-1, keepdim=True).indices)
+    return torch.cat(best, dim=-1)
 
 
 def rows_to_one(weight_TE: Tensor) -> Tensor:
