@@ -5,6 +5,7 @@ Progress is read from the runs' own logs, so it is the same for a run that goes 
 
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from fedmoe.device import pick_device
 from fedmoe.experiments.run import Spec, run_experiment
 from fedmoe.experiments.table import make_experiment
 from fedmoe.report.log import read_run
@@ -39,10 +41,14 @@ def folder_of(root: Path, spec: Spec) -> Path:
 def run_study(
     jobs: Sequence[tuple[Spec, Path]],
     workers: int,
+    *,
+    device: str | None = None,
     watch: Callable[[list[RunProgress]], None] = lambda progress: None,
     every_s: float = 1.0,
 ) -> list[RunProgress]:
     """Run what is not finished, `workers` at a time; returns how each ended.
+
+    `device` is where models train: "cpu", "cuda", or None for a GPU if there is one.
 
     A run that fails does not stop the others; its `error` tells why.
 
@@ -65,7 +71,7 @@ def run_study(
             min(workers, len(todo)), mp_context=context, initializer=_one_thread
         )
         try:
-            futures = {f: pool.submit(run_folder, f) for _, f in todo}
+            futures = {f: pool.submit(run_folder, f, device) for _, f in todo}
             while not all(future.done() for future in futures.values()):
                 watch(list(_progress(jobs, errors)))
                 time.sleep(every_s)
@@ -79,11 +85,13 @@ def run_study(
     return progress
 
 
-def run_folder(folder: Path) -> None:
+def run_folder(folder: Path, device: str | None = None) -> None:
     """Begin or go on with the run that `folder` describes."""
     spec = Spec.read(folder)
     experiment = make_experiment(spec)
-    run_experiment(experiment, folder, resume=True, complain=print)
+    run_experiment(
+        experiment, folder, resume=True, device=pick_device(device), complain=_say
+    )
 
 
 def is_finished(folder: Path) -> bool:
@@ -97,6 +105,10 @@ def is_finished(folder: Path) -> bool:
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _one_thread() -> None:

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedmoe.nn.ffn_rows import grouped_fits, plain_ffns, run_grouped, run_one_node
+from fedmoe.nn.grouped import grouped_fits, plain_ffns, run_grouped
 
-# On a CPU, grouped matmul first copies the weights of all its experts side by side. Up to this
-# size of an expert that costs less than calling into each expert in turn (2-core EPYC, torch 2.13).
-GROUPED_MAX_EXPERT_PARAMETERS = 40_000
+# On a CPU, a grouped matmul first copies the weights of all its experts side by side. Within
+# these limits that costs less than calling each expert (2-core EPYC, torch 2.13, one thread).
+GROUPED_MAX_EXPERT_PARAMETERS = 65_536
+GROUPED_MIN_EXPERTS = 4
 
 
 class Rows(NamedTuple):
@@ -76,18 +77,18 @@ def run_rows(
 ) -> Tensor:
     """Give each expert its `counts` consecutive rows, none of them 0.
 
-    Plain feed-forward experts run as one grouped matmul on a GPU, or where they are small; else as
-    one node of the autograd graph. All other experts are called one after another.
+    Plain feed-forward experts run as one grouped matmul on a GPU, and on a CPU if they are small
+    and many. All others are called one after another.
     """
     ffns = plain_ffns(experts.values(), x_RD)
-    if ffns is None:
+    if ffns is None or not grouped_fits(ffns, x_RD):
         return run_segments(x_RD, experts, counts, out_dim)
-    small = ffns[0].numel <= GROUPED_MAX_EXPERT_PARAMETERS
-    if (small or x_RD.is_cuda) and grouped_fits(ffns, x_RD):
+    small_and_many = (
+        ffns[0].numel <= GROUPED_MAX_EXPERT_PARAMETERS and len(ffns) >= GROUPED_MIN_EXPERTS
+    )
+    if small_and_many or x_RD.is_cuda:
         return run_grouped(x_RD, ffns, counts)
-    if torch.is_autocast_enabled(x_RD.device.type):  # which a node of our own does not see
-        return run_segments(x_RD, experts, counts, out_dim)
-    return run_one_node(x_RD, ffns, counts)
+    return run_segments(x_RD, experts, counts, out_dim)
 
 
 def run_segments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
@@ -43,7 +44,7 @@ MARKS = {
 
 def use_heat_map(run: Run, layer: int, most_percent: float) -> go.Figure:
     """Client by expert: share of the client's activations; blank where it does not hold it."""
-    rows = client_rows(run.info.clients)
+    rows, height = client_rows(run.info.clients), _row_height(len(run.info.clients))
     use = use_by_client(run)
     num_experts = run.info.num_experts_L[layer]
     blank = np.full(num_experts, np.nan)
@@ -51,7 +52,7 @@ def use_heat_map(run: Run, layer: int, most_percent: float) -> go.Figure:
         100 * use[row.id][layer] if isinstance(row, ClientEntry) and row.id in use else blank
         for row in rows
     ]
-    figure = base_figure(70 + _row_height(len(rows)) * len(rows))
+    figure = base_figure(70 + height * len(rows))
     figure.add_trace(
         _heat_map(
             list(range(num_experts)),
@@ -63,7 +64,7 @@ def use_heat_map(run: Run, layer: int, most_percent: float) -> go.Figure:
             gap=1.5 if num_experts <= 48 else 0,
         )
     )
-    _client_axis(figure, rows)
+    _client_axis(figure, rows, height)
     figure.update_xaxes(title_text="expert", range=[-0.5, num_experts - 0.5], showline=False)
     if num_experts <= 20:
         figure.update_xaxes(dtick=1)
@@ -72,7 +73,7 @@ def use_heat_map(run: Run, layer: int, most_percent: float) -> go.Figure:
 
 def held_timeline(run: Run) -> go.Figure:
     """Client by round: how many experts it held, with a mark where that was changed."""
-    rows = client_rows(run.info.clients)
+    rows, height = client_rows(run.info.clients), _row_height(len(run.info.clients))
     rounds = [r.round for r in run.rounds if r.phase != "final"]
     blank = [np.nan] * len(rounds)
     z = [
@@ -84,7 +85,7 @@ def held_timeline(run: Run) -> go.Figure:
         else blank
         for row in rows
     ]
-    figure = base_figure(70 + _row_height(len(rows)) * len(rows))
+    figure = base_figure(70 + height * len(rows))
     figure.add_trace(
         _heat_map(
             rounds,
@@ -107,7 +108,7 @@ def held_timeline(run: Run) -> go.Figure:
             if c.action == action
         ]
         figure.add_trace(_marks(action, symbol, size, at))
-    _client_axis(figure, rows)
+    _client_axis(figure, rows, height)
     figure.update_xaxes(
         title_text="round", range=[-0.5, max(rounds, default=0) + 0.5], showline=False
     )
@@ -142,14 +143,18 @@ def client_history(
         else:
             idle[own, column] = 1.0
     figure = base_figure(70 + 17 * num_experts)
-    starts = [records[start].round for start in columns]
+    # Where several rounds share a column, it stands over their middle.
+    middles = [
+        (records[start].round + records[min(start + step, len(records)) - 1].round) / 2
+        for start in columns
+    ]
     experts = list(range(num_experts))
     gap = 1.0 if len(columns) <= 60 else 0.0
     hover = "expert %{y}, round %{x}: held; the client sat this round out"
-    figure.add_trace(_heat_map(starts, experts, idle, (0.0, 1.0), (GRID, GRID), hover, gap))
+    figure.add_trace(_heat_map(middles, experts, idle, (0.0, 1.0), (GRID, GRID), hover, gap))
     hover = "expert %{y}, round %{x}: %{z:.1f} % of the activations"
     limits = (0.0, most_percent)
-    figure.add_trace(_heat_map(starts, experts, z.round(1), limits, USE_SCALE, hover, gap))
+    figure.add_trace(_heat_map(middles, experts, z.round(1), limits, USE_SCALE, hover, gap))
     for action in ("add", "drop", "revert"):
         symbol, size = MARKS[action]
         moments: list[tuple[float, int | str, str]] = [
@@ -248,32 +253,45 @@ def expert_load(run: Run, layer: int, style: Style) -> go.Figure:
     return figure
 
 
-def client_rows(clients: Sequence[ClientEntry]) -> list[ClientEntry | str]:
+@dataclass(frozen=True)
+class GroupRow:
+    """A blank row above a group's clients; its name stands over as many of these as it needs."""
+
+    name: str
+    number: int
+
+
+Rows = Sequence[ClientEntry | GroupRow]
+
+
+def client_rows(clients: Sequence[ClientEntry]) -> list[ClientEntry | GroupRow]:
     """Clients by group, each group under its name; just the clients where there are no groups."""
-    rows: list[ClientEntry | str] = []
+    blank = -(-16 // _row_height(len(clients)))  # rows that a name of 16 pixels needs
+    rows: list[ClientEntry | GroupRow] = []
+    seen: set[str] = set()
     for client in sorted(clients, key=lambda c: (c.group or "", c.id)):
-        previous = rows[-1].group if rows and isinstance(rows[-1], ClientEntry) else None
-        if client.group is not None and client.group != previous:
-            rows.append(client.group)
+        if client.group is not None and client.group not in seen:
+            seen.add(client.group)
+            rows += [GroupRow(client.group, i) for i in range(blank)]
         rows.append(client)
     return rows
 
 
-def _row_height(num_rows: int) -> int:
-    return 18 if num_rows <= 60 else 9 if num_rows <= 150 else 5
+def _row_height(num_clients: int) -> int:
+    return 18 if num_clients <= 60 else 9 if num_clients <= 150 else 5
 
 
-def _label(row: ClientEntry | str | int) -> str | int:
+def _label(row: ClientEntry | GroupRow | int) -> str | int:
     if isinstance(row, int):
         return row
-    if isinstance(row, str):
-        return f"group {plain(row)}"
+    if isinstance(row, GroupRow):
+        return f"group {plain(row.name)} {row.number}"
     return f"client {row.id}" + (f" ({plain(row.group)})" if row.group is not None else "")
 
 
 def _heat_map(
-    x: Sequence[int],
-    rows: Sequence[ClientEntry | str | int],
+    x: Sequence[float],
+    rows: Rows | Sequence[int],
     z: NDArray[np.float64],
     limits: tuple[float, float],
     colors: Sequence[str],
@@ -295,9 +313,9 @@ def _heat_map(
     )
 
 
-def _client_axis(figure: go.Figure, rows: Sequence[ClientEntry | str]) -> None:
+def _client_axis(figure: go.Figure, rows: Rows, row_height: int) -> None:
     """Number the clients' rows, and write each group's name into the row kept free for it."""
-    every = 1 if _row_height(len(rows)) >= 12 else 5
+    every = 1 if row_height >= 12 else 5
     ticks = [
         (_label(row), str(row.id))
         for row in rows
@@ -313,14 +331,16 @@ def _client_axis(figure: go.Figure, rows: Sequence[ClientEntry | str]) -> None:
         tickfont={"size": 11},
     )
     for row in rows:
-        if isinstance(row, str):
+        if isinstance(row, GroupRow) and row.number == 0:
+            blank = sum(isinstance(other, GroupRow) and other.name == row.name for other in rows)
             figure.add_annotation(
-                text=f"<b>{plain(row)}</b>",
+                text=f"<b>{plain(row.name)}</b>",
                 x=0,
                 xref="paper",
                 xanchor="left",
                 y=_label(row),
                 yanchor="middle",
+                yshift=-row_height * (blank - 1) / 2,
                 showarrow=False,
                 font={"size": 12, "color": INK},
             )

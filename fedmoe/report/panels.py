@@ -35,8 +35,9 @@ from fedmoe.report.plots import (
 from fedmoe.report.tables import Unit, format_value
 from fedmoe.report.usage import LAST_ROUNDS, dead_experts, load_cv_by_layer, use_by_client
 
-# The histories of all clients together draw at most this many cells: a page is to open at once.
+# What the histories of all clients together may draw: a page is to open at once.
 MOST_CELLS = 400_000
+MOST_HISTORIES = 600
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,10 @@ def _history(runs: Mapping[str, Run], most: float) -> Panel:
         for c in client_rows(run.info.clients)
         if isinstance(c, ClientEntry)
     }
+    num_layers = max(len(run.info.num_experts_L) for run in runs.values())
+    fitting = max(1, MOST_HISTORIES // (len(names) * max(1, num_layers)))
+    left_out = list(runs)[fitting:]
+    runs = {method: run for method, run in runs.items() if method not in left_out}
     cells = sum(
         len(run.info.clients) * sum(run.info.num_experts_L) * len(run.rounds)
         for run in runs.values()
@@ -272,12 +277,13 @@ def _history(runs: Mapping[str, Run], most: float) -> Panel:
     return Panel(
         id="history",
         title="One client’s experts, round by round",
-        subtitle="Share of the client’s activations in each "
-        + ("round" if step == 1 else f"{step} rounds"),
-        how_to_read="A row is an expert, a column a round. Colour starts where the client gets the "
-        "expert and ends where it loses it; the faintest blue is an expert that is held "
+        subtitle="Share of the client’s activations in each round"
+        + (f", {step} rounds to a column" if step > 1 else ""),
+        how_to_read="A row is an expert, time runs to the right. Colour starts where the client "
+        "gets the expert and ends where it loses it; the faintest blue is an expert that is held "
         "and was not used, grey a round that the client sat out. A dotted line is where its choice "
-        "was frozen.",
+        "was frozen."
+        + (f" To keep the page small it leaves out {', '.join(left_out)}." if left_out else ""),
         key="history",
         scale_end=f"{most:.0f} %",
         selectors=(method, Selector("Client", list(names.values())), layer),

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from rich.console import Group
-from rich.markup import escape
-from rich.padding import Padding
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -166,34 +165,49 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rich_table(rows: Sequence[Row], title: str = "") -> Group:
-    """The table for a terminal, notes below, the best in bold."""
-    content = grid(rows)
-    table = Table(
-        title=escape(title) or None,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        header_style="dim",
-        padding=(0, 1),
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    table.add_column("\nMethod", no_wrap=True)
-    table.add_column("\nSeeds", justify="right")
-    for column in content.columns:
-        # Two short lines rather than one long: ten columns fit into 100 characters.
-        words = column.title.rsplit(" ", 1)
-        table.add_column("\n".join(words), justify="right", no_wrap=True)
+@dataclass(frozen=True)
+class TerminalTable:
+    """The table for a terminal: on one that is too narrow, costs stand under accuracies."""
+
+    rows: Sequence[Row]
+    title: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        content = grid(self.rows)
+        if self.title:
+            yield Text(self.title, style="bold")
+        whole = _terminal_part(content, content.columns)
+        unbounded = options.update(max_width=10_000)
+        if Measurement.get(console, unbounded, whole).maximum <= options.max_width:
+            yield whole
+        else:
+            yield _terminal_part(content, [c for c in content.columns if c.unit is Unit.SHARE])
+            yield Text()
+            yield _terminal_part(content, [c for c in content.columns if c.unit is not Unit.SHARE])
+        if content.notes:
+            yield Text()
+        for note in content.notes:
+            mark, style = ("! ", "yellow") if note.refuses else ("· ", "dim")
+            yield Text(mark + note.text, style=style)
+
+
+def _terminal_part(content: Grid, columns: Sequence[Column]) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("\nmethod", no_wrap=True)
+    table.add_column("\nseeds", justify="right", no_wrap=True)
+    for column in columns:
+        # Two short lines rather than one long.
+        head = "\n".join(column.title.split(" ", 1))
+        table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
+    shown = [i for i, column in enumerate(content.columns) if column in columns]
     for line in content.lines:
-        cells = [Text(c.text, style="bold green" if c.best else "") for c in line.cells]
+        cells = [
+            Text(line.cells[i].text.replace(" ", ""), "bold green" if line.cells[i].best else "")
+            for i in shown
+        ]
         name = Text(line.method + ("†" if line.published else ""), style="bold")
         table.add_row(name, str(line.num_seeds), *cells)
-    notes = [
-        Padding(Text(("! " if n.refuses else "· ") + n.text, "yellow" if n.refuses else "dim"), 0)
-        for n in content.notes
-    ]
-    return Group(table, *([Text()] if notes else []), *notes)
+    return table
 
 
 def format_value(value: float, unit: Unit) -> str:

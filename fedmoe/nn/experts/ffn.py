@@ -25,6 +25,9 @@ class FFN(nn.Module):
         self.down = nn.Linear(hidden, self.out_dim)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        act = nn.functional.relu if self.activation == "relu" else nn.functional.gelu
-        y_NO: Tensor = self.down(act(self.up(x_ND)))
+        y_NO: Tensor = self.down(activate(self.up(x_ND), self.activation))
         return y_NO
+
+
+def activate(a_NF: Tensor, activation: Activation) -> Tensor:
+    return a_NF.relu() if activation == "relu" else nn.functional.gelu(a_NF)
