@@ -38,26 +38,31 @@ class DamagedCheckpointError(ValueError):
 def save_checkpoint(folder: Path, round: int, state: object, keep: int = KEEP) -> str:
     """Write `state`, as it is before round `round`; returns its content hash, hexadecimal.
 
-    Older checkpoints beyond `keep` go once the new one is in place. Writing one again is allowed.
+    Once the new one is in place, older checkpoints beyond `keep` go, and later ones, which a run
+    that fell back has left behind. Writing one again is allowed.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
     tensors, text, digest = _encode(state)
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"round-{round:06d}"
+    place = folder / _name(round)
     beside = folder / f".{place.name}.{os.getpid()}.part"
-    shutil.rmtree(beside, ignore_errors=True)
+    aside = folder / f".{place.name}.{os.getpid()}.old.part"
+    for leftover in (beside, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir()
     head = {"format": FORMAT, "round": round, "digest": digest, "state": json.loads(text)}
     _write(beside / "state.safetensors", tensors)
     _write(beside / "state.json", json.dumps(head, sort_keys=True).encode())
     _flush_folder(beside)
     if place.exists():
-        shutil.rmtree(place)
+        place.rename(aside)
     beside.rename(place)
     _flush_folder(folder)
-    for _, old in sorted(_all(folder))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = [r for r, _ in sorted(_all(folder)) if r <= round][-keep:]
+    for number, other in list(_all(folder)):
+        if number not in kept:
+            shutil.rmtree(other, ignore_errors=True)
     for leftover in folder.glob(".round-*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
     return digest
@@ -81,8 +86,13 @@ def load_checkpoint(path: Path, kind: type[T]) -> tuple[int, T]:
         text = json.dumps(head["state"], sort_keys=True)
         if _digest(raw, text) != head["digest"]:
             raise DamagedCheckpointError(f"{path}: its content does not match its hash")
-        return int(head["round"]), _decode(kind, head["state"], load_tensors(raw))
-    except (KeyError, TypeError, AttributeError) as why:
+        round = int(head["round"])
+        if path.name != _name(round):  # the hash is of the state alone
+            raise DamagedCheckpointError(f"{path}: holds round {round}, as {_name(round)} would")
+        return round, _decode(kind, head["state"], load_tensors(raw))
+    except DamagedCheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as why:
         raise DamagedCheckpointError(f"{path}: is not a {kind.__name__}: {why!r}") from why
 
 
@@ -101,6 +111,10 @@ def newest_checkpoint(
 def content_hash(state: object) -> str:
     """The hash that `save_checkpoint` would give; equal states have equal hashes."""
     return _encode(state)[2]
+
+
+def _name(round: int) -> str:
+    return f"round-{round:06d}"
 
 
 def _all(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -163,7 +177,9 @@ def _decode(kind: Any, value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if origin is frozenset:
         return frozenset(_decode(arguments[0], v, tensors) for v in value)
     if origin is tuple:
-        return tuple(_decode(arguments[0], v, tensors) for v in value)
+        alike = arguments[-1] is Ellipsis
+        kinds = [arguments[0]] * len(value) if alike else arguments
+        return tuple(_decode(k, v, tensors) for k, v in zip(kinds, value, strict=True))
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         fields = [f.name for f in dataclasses.fields(kind)]

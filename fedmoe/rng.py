@@ -7,6 +7,8 @@ Flower give the same result from the same seed, whatever the order in which clie
 import numpy as np
 import torch
 
+WORD = 2**32
+
 
 def numpy_generator(seed: int, *key: int) -> np.random.Generator:
     """A generator for `key`, usually (round, client); different keys give independent streams."""
@@ -20,6 +22,9 @@ def torch_generator(seed: int, *key: int) -> torch.Generator:
 
 
 def _entropy(seed: int, key: tuple[int, ...]) -> list[int]:
-    if seed < 0 or any(k < 0 for k in key):
-        raise ValueError(f"seed and key must be 0 or more, got seed {seed} and key {key}")
+    # A larger number would be taken as two, and so meet another key.
+    if not all(0 <= word < WORD for word in (seed, *key)):
+        raise ValueError(
+            f"seed and key must be 0 or more and below 2**32, got seed {seed} and key {key}"
+        )
     return [seed, len(key), *key]

@@ -99,14 +99,14 @@ def load_state(
     _check("shared parameter", shared, state.shared)
     by_layer: list[dict[int, State]] = [{} for _ in layers]
     for e, own in state.experts.items():
-        if e.layer >= len(layers) or str(e.expert) not in layers[e.layer][1].experts:
+        if not 0 <= e.layer < len(layers) or str(e.expert) not in layers[e.layer][1].experts:
             raise ValueError(f"{_label(e)} is not in the model, which has {_extent(layers)}")
         moe = layers[e.layer][1]
         wanted = dict(moe.experts[str(e.expert)].state_dict()) | _row_samples(moe)
         _check(f"{_label(e)}: parameter", wanted, own)
         by_layer[e.layer][e.expert] = own
     for e, rows in absent_rows.items():
-        if e.layer >= len(layers) or not 0 <= e.expert < layers[e.layer][1].num_experts:
+        if not (0 <= e.layer < len(layers) and 0 <= e.expert < layers[e.layer][1].num_experts):
             raise ValueError(f"gate rows of {_label(e)}: the model has {_extent(layers)}")
         _check(f"gate rows of {_label(e)}: row", _row_samples(layers[e.layer][1]), rows)
 
@@ -132,9 +132,16 @@ def build_part(factory: Callable[[], nn.Module], sub_moe: SubMoE) -> nn.Module:
     `factory` makes the full model. It runs on the meta device, where tensors have no memory,
     unless the model keeps buffers that a state does not carry; then it runs for real, and the
     experts that are not wanted are dropped at once.
+
+    Raises:
+        ValueError: the model has no such expert.
     """
     with torch.device("meta"):
         model = factory()
+    layers = moe_layers(model)
+    for e in sorted(sub_moe):
+        if not 0 <= e.layer < len(layers) or str(e.expert) not in layers[e.layer][1].experts:
+            raise ValueError(f"{_label(e)} is not in the model, which has {_extent(layers)}")
     if _has_hidden_buffers(model):
         model = factory()
     for layer, (_, moe) in enumerate(moe_layers(model)):

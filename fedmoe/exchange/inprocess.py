@@ -8,6 +8,7 @@ from torch import nn
 from fedmoe.data.examples import ClientData
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.federated.local import LocalPlan, work
+from fedmoe.state import nothing
 from fedmoe.types import Assignment, ClientFailure, ClientUpdate, Exchange
 
 
@@ -26,7 +27,12 @@ def in_process(
     Args:
         store: where clients keep their own parameters; needed when the plan has personal ones.
         progress: told of each client that has answered.
+
+    Raises:
+        ValueError: the plan has personal parameters, and there is no store for them.
     """
+    if store is None and plan.personal is not nothing:
+        raise ValueError("store must not be None for a plan with personal parameters")
 
     def exchange(assignments: Mapping[int, Assignment]) -> Iterator[ClientUpdate | ClientFailure]:
         for client, assignment in assignments.items():

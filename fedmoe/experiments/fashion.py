@@ -54,7 +54,6 @@ def methods(
 
     runs = [
         base,
-        variant("fedmoe-published", strategy=replace(as_published(), seed=seed)),
         variant("random", strategy=FixedSubMoE(choice=random_choice(model, clients, seed))),
         variant("fedavg", strategy=FedAvg()),
         variant("fedprox", strategy=FedAvg(), plan=replace(plan, proximal=proximal)),
@@ -73,25 +72,49 @@ def methods(
     }
 
 
-def domains(seed: int = 0, rounds: int = 40) -> Methods:
-    """24 clients of four domains, each with its own order of labels; 200 images a client."""
-    plan = LocalPlan((Phase(epochs=2),), lr=0.05, batch_size=20, balance=0.01)
+def domains(
+    seed: int = 0, rounds: int = 40, *, shares: tuple[float, ...] = (0.25,), name: str = "domains"
+) -> Methods:
+    """24 clients of four domains, each with its own order of labels; 200 images a client.
+
+    Every device holds a quarter of the experts, so FedMoE and the random sub-MoE hold the same
+    number of them.
+    """
+    plan = LocalPlan((Phase(epochs=2),), lr=0.2, batch_size=20, balance=0.01)
     return methods(
-        "domains",
+        name,
         domains_data(seed),
         partial(fashion_cnn, seed=seed),
         plan,
         Schedule(rounds, seed, evaluate_every=10),
-        (0.25,),
+        shares,
         FedMoE(seed=seed),
+        lr_of={"local": 0.1},  # every rate chosen by simulations/tune_fashion.py
     )
 
 
-def demo(seed: int = 0, rounds: int = 12) -> Methods:
-    """*domains*, shorter, on devices of different sizes, and only the main comparators."""
-    runs = domains(seed, rounds)
+def domains_devices(seed: int = 0, rounds: int = 40) -> Methods:
+    """*domains* on devices that hold 25, 50, 75 and 100 % of the experts.
+
+    Here some clients can explore the full model, so FedMoE as published can run too.
+    """
+    runs = dict(domains(seed, rounds, shares=(0.25, 0.5, 0.75, 1.0), name="domains-devices"))
+    published = replace(as_published(), seed=seed)
+    return {
+        "fedmoe": runs.pop("fedmoe"),
+        "fedmoe-published": replace(
+            runs["random"], method="fedmoe-published", strategy=published
+        ),
+        **runs,
+    }
+
+
+def demo(seed: int = 0, rounds: int = 16) -> Methods:
+    """*domains-devices*, shorter, with the main comparators only."""
+    runs = domains_devices(seed, rounds)
     wanted = ("fedmoe", "random", "fedavg", "local")
-    return {m: replace(runs[m], name="demo") for m in wanted}
+    schedule = Schedule(rounds, seed, evaluate_every=4)
+    return {m: replace(runs[m], name="demo", schedule=schedule) for m in wanted}
 
 
 def published(

@@ -1,6 +1,7 @@
 """What a run will cost, told before it starts: experts that fit, memory, bytes, seconds."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +22,14 @@ SAMPLE_STEPS = 4  # batches that are timed for the estimate
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """One client's share of a run. An estimate: the strategy may give it fewer experts."""
+    """One client's share of a run. Where experts are chosen on the way, it may get fewer."""
 
     client: int
     group: str | None
     memory_bytes: int | None  # budget for parameters; None: no limit
     experts_per_layer: int  # that fit the budget
-    parameter_bytes: int  # of the shared part and those experts
+    experts_held: int  # over all layers: those that fit, or what the strategy gives whatever fits
+    parameter_bytes: int  # of the shared part and the held experts
     training_bytes: int  # peak while training, measured with one batch on this machine
     bytes_down: int  # a round
     bytes_up: int  # a round
@@ -43,17 +45,19 @@ def plan_clients(
         ValueError: a client's budget does not hold one expert per layer.
     """
     model = split_state(experiment.factory())
-    known: dict[int, tuple[int, float]] = {}
+    given = _given(experiment, model)
+    known: dict[tuple[tuple[int, int], ...], tuple[int, float]] = {}
     plans = []
     for c in experiment.clients:
         count = experts_that_fit(model, c.memory_bytes)
-        part = _first_experts(model, count)
-        if count not in known:
-            known[count] = (
+        part = given.get(c.id, _first_experts(model, count))
+        shape = tuple(sorted(Counter(e.layer for e in part).items()))
+        if shape not in known:
+            known[shape] = (
                 peak_bytes(experiment, part, device),
                 _seconds_per_batch(experiment, model, part, device),
             )
-        memory, seconds = known[count]
+        memory, seconds = known[shape]
         sent = without(Assignment(0, model.only(part), part), experiment.plan.personal)
         size = message_bytes(sent)
         batches = -(-c.num_examples // experiment.plan.batch_size)
@@ -64,6 +68,7 @@ def plan_clients(
                 group=experiment.data.groups.get(c.id),
                 memory_bytes=c.memory_bytes,
                 experts_per_layer=count,
+                experts_held=len(part),
                 parameter_bytes=_bytes(model.only(part)),
                 training_bytes=memory,
                 bytes_down=size,
@@ -72,6 +77,16 @@ def plan_clients(
             )
         )
     return plans
+
+
+def _given(experiment: Experiment, model: MoEState) -> dict[int, SubMoE]:
+    """What each client trains, by a strategy that knows it before the first round."""
+    state = experiment.strategy.init(model, experiment.clients)
+    if experiment.strategy.phase(state) != "train":
+        return {}
+    return {
+        c: a.sub_moe for c, a in experiment.strategy.assign(state, experiment.clients).items()
+    }
 
 
 def _first_experts(model: MoEState, count: int) -> SubMoE:

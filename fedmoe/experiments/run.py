@@ -74,18 +74,22 @@ def run_experiment(
     """Run to the end; returns the content hash of the server's last state.
 
     Raises:
-        FileExistsError: the folder holds a run already, and `resume` is not asked for.
+        FileExistsError: the folder holds a run already, and `resume` is not asked for; or what
+            is left of one, without its run.json.
+        ValueError: `resume` is asked for, and the folder holds a run of another experiment.
     """
     model = split_state(experiment.factory())
     state = experiment.strategy.init(model, experiment.clients)
     first = 0
     if resume and (folder / "run.json").exists():
         log = RunLog.open(folder)
+        _check_same(experiment, log.info, folder)
         found = newest_checkpoint(folder / "checkpoints", type(state), complain)
         if found is not None:
             first, state = found
         log.truncate_to(first)
     else:
+        _check_no_remains(folder)
         log = RunLog.create(folder, _run_info(experiment, model))
     personal = experiment.plan.personal
     exchange = in_process(
@@ -107,8 +111,9 @@ def run_experiment(
         digest = content_hash(report.state)
         merged = experiment.strategy.merged(report.state) if final else None
         shown = None
-        if merged is not None and not take_names(merged, personal).shared:
+        if merged is not None and not _any(take_names(merged, personal)):
             shown = merged_accuracy(experiment, merged, device)
+        _drop_strangers(report, experiment, complain)
         record = _record(report, layer_sizes_of(experiment), memory, shown, digest)
         log.append(record)
         if not final:
@@ -153,6 +158,51 @@ def merged_accuracy(
             right += accuracy(model, test, device) * len(test.y)
             total += len(test.y)
     return right / max(total, 1)
+
+
+def _any(state: MoEState) -> bool:
+    return bool(state.shared or state.experts)
+
+
+def _drop_strangers(
+    report: RoundReport[Any], experiment: Experiment, complain: Callable[[str], None]
+) -> None:
+    """Answers of nobody's clients are complained of: a log has no place for them."""
+    known = {c.id for c in experiment.clients}
+    for f in (*report.failed, *report.refused):
+        if f.client not in known:
+            complain(f"round {report.round}: {f.reason}")
+    report.failed = [f for f in report.failed if f.client in known]
+    report.refused = [f for f in report.refused if f.client in known]
+
+
+def _check_no_remains(folder: Path) -> None:
+    for name in ("checkpoints", "personal"):
+        if (folder / name).exists() and not (folder / "run.json").exists():
+            raise FileExistsError(
+                f"{folder / name} is left of a run whose run.json is missing: remove it, or "
+                f"choose another folder"
+            )
+
+
+def _check_same(experiment: Experiment, info: RunInfo, folder: Path) -> None:
+    """Raise ValueError where the run that was begun is not of this experiment."""
+    schedule = experiment.schedule
+    pairs: dict[str, tuple[object, object]] = {
+        "experiment": (info.experiment, experiment.name),
+        "method": (info.method, experiment.method),
+        "seed": (info.seed, schedule.seed),
+        "rounds": (info.rounds, schedule.rounds),
+        "experts per layer": (tuple(info.num_experts_L), layer_sizes_of(experiment)),
+        "partition": (info.partition_hash, experiment.data.partition_hash),
+        "clients": ([c.id for c in info.clients], [c.id for c in experiment.clients]),
+    }
+    for what, (begun, asked) in pairs.items():
+        if begun != asked:
+            raise ValueError(
+                f"{folder} holds a run with {what} {begun}, got {asked}: go on with the experiment "
+                f"that was begun, or choose another folder"
+            )
 
 
 def layer_sizes_of(experiment: Experiment) -> tuple[int, ...]:

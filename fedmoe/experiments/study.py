@@ -3,15 +3,19 @@
 Progress is read from the runs' own logs, so it is the same for a run that goes on after a kill.
 """
 
+import fcntl
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from fedmoe.device import pick_device
@@ -33,6 +37,11 @@ class RunProgress:
     error: str | None = None
 
 
+def say(line: str) -> None:
+    """On stderr, from whichever process."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def folder_of(root: Path, spec: Spec) -> Path:
     """Where this run lives: ROOT/METHOD-seedS."""
     return root / f"{spec.method}-seed{spec.seed}"
@@ -44,13 +53,15 @@ def run_study(
     *,
     device: str | None = None,
     watch: Callable[[list[RunProgress]], None] = lambda progress: None,
+    complain: Callable[[str], None] = say,
     every_s: float = 1.0,
 ) -> list[RunProgress]:
     """Run what is not finished, `workers` at a time; returns how each ended.
 
     `device` is where models train: "cpu", "cuda", or None for a GPU if there is one.
 
-    A run that fails does not stop the others; its `error` tells why.
+    A run that fails does not stop the others; its `error` tells why. `complain` is called in the
+    runs' own processes, so it must be a function of a module.
 
     Raises:
         ValueError: workers below 1, or two jobs in one folder.
@@ -71,11 +82,13 @@ def run_study(
             min(workers, len(todo)), mp_context=context, initializer=_one_thread
         )
         try:
-            futures = {f: pool.submit(run_folder, f, device) for _, f in todo}
+            with _interrupts_later():
+                futures = {f: pool.submit(run_folder, f, device, complain) for _, f in todo}
             while not all(future.done() for future in futures.values()):
                 watch(list(_progress(jobs, errors)))
                 time.sleep(every_s)
-            errors = {f: e for f, future in futures.items() if (e := _error_of(future))}
+                errors = _errors_of(futures)
+            errors = _errors_of(futures)
         finally:
             for process in list((pool._processes or {}).values()):
                 process.terminate()
@@ -85,13 +98,23 @@ def run_study(
     return progress
 
 
-def run_folder(folder: Path, device: str | None = None) -> None:
-    """Begin or go on with the run that `folder` describes."""
+def run_folder(
+    folder: Path, device: str | None = None, complain: Callable[[str], None] = say
+) -> None:
+    """Begin or go on with the run that `folder` describes.
+
+    Raises:
+        ValueError: another process is at work on it.
+    """
     spec = Spec.read(folder)
-    experiment = make_experiment(spec)
-    run_experiment(
-        experiment, folder, resume=True, device=pick_device(device), complain=_say
-    )
+    with _alone(folder):
+        run_experiment(
+            make_experiment(spec),
+            folder,
+            resume=True,
+            device=pick_device(device),
+            complain=complain,
+        )
 
 
 def is_finished(folder: Path) -> bool:
@@ -107,21 +130,57 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the run's lock; the system lets go of it when this process ends, however it ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as why:
+            raise ValueError(
+                f"{folder} is being run by another process; wait for it, or end it first"
+            ) from why
+        yield
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Hold back Ctrl-C, so that processes started meanwhile leave it to this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _one_thread() -> None:
     # Two processes of two threads each are many times slower on two cores than two of one.
     import torch
 
-    torch.set_num_threads(1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _error_of(future: "Future[None]") -> str | None:
-    why = future.exception()
-    return None if why is None else "".join(traceback.format_exception_only(why)).strip()
+def _end_with_parent() -> None:
+    # A worker that outlives a killed parent would write beside the run that is resumed.
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _errors_of(futures: Mapping[Path, "Future[None]"]) -> dict[Path, str]:
+    """Of those that have ended, why each failed that did."""
+    errors = {}
+    for folder, future in futures.items():
+        why = future.exception() if future.done() else None
+        if isinstance(why, BrokenProcessPool):
+            errors[folder] = "a process of the study was killed, or ran out of memory"
+        elif why is not None:
+            errors[folder] = "".join(traceback.format_exception_only(why)).strip()
+    return errors
 
 
 def _progress(

@@ -23,6 +23,7 @@ EXPERIMENTS: Mapping[str, Make] = MappingProxyType(
     {
         "demo": fashion.demo,
         "domains": fashion.domains,
+        "domains-devices": fashion.domains_devices,
         "published-dirichlet": partial(fashion.published, partition="dirichlet"),
         "published-pathological": partial(fashion.published, partition="pathological"),
         "published-fifth-dirichlet": partial(

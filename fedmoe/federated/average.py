@@ -20,16 +20,41 @@ UPDATE_LIMIT = LIMIT / 1024  # of one update, so that a thousand of the largest 
 
 
 @dataclass
+class _Sum:
+    """One parameter's sum on the grid; a lone value is kept as it came."""
+
+    weight: int = 0
+    reach: float = 0.0  # bound of |sum|
+    alone: Tensor | None = None
+    total: Tensor | None = None
+
+    def fold(self, value: Tensor, weight: int, reach: float) -> None:
+        if self.weight == 0:
+            self.alone = value
+        else:
+            if self.alone is not None:
+                self.total, self.alone = _on_grid(self.alone, self.weight), None
+            assert self.total is not None
+            self.total.add_(_on_grid(value, weight))
+        self.weight, self.reach = self.weight + weight, reach
+
+    def mean(self, dtype: torch.dtype) -> Tensor:
+        if self.alone is not None:
+            return self.alone
+        assert self.total is not None
+        value = self.total.double() / self.weight / 2.0**GRID_BITS
+        return (value if dtype.is_floating_point else value.round()).to(dtype)
+
+
+@dataclass
 class Mean:
     """A weighted mean of states that is folded as they come; memory of one state, not of all.
 
-    A mean of one state is that state, bit for bit.
+    Each parameter is averaged over the states that have it. The mean of one is that one, bit for
+    bit.
     """
 
-    weight: int = 0
-    _first: State | None = None
-    _sums: dict[str, Tensor] = field(default_factory=dict)
-    _reach: dict[str, float] = field(default_factory=dict)  # bound of |sum| so far
+    _sums: dict[str, _Sum] = field(default_factory=dict)
 
     def add(self, state: State, weight: int) -> None:
         """Fold `state` in.
@@ -40,43 +65,21 @@ class Mean:
         """
         if weight < 1:
             raise ValueError(f"weight must be at least 1, got {weight}")
-        reach = {n: self._reach.get(n, 0.0) + weight * _largest(t) for n, t in state.items()}
+        reach = {
+            n: self._sums.get(n, _Sum()).reach + weight * largest(t) for n, t in state.items()
+        }
         for name, bound in reach.items():
-            if not bound < LIMIT:
+            if not bound < LIMIT:  # so that NaN is refused too
                 raise ValueError(
                     f"parameter {name!r}: weight times value must stay below {LIMIT:.0f} in "
                     f"sum, got {bound:.3g}"
                 )
-        if self.weight == 0:
-            self._first = state
-        else:
-            if self._first is not None:
-                self._fold(self._first, self.weight)
-                self._first = None
-            self._fold(state, weight)
-        self.weight += weight
-        self._reach = reach
-
-    def _fold(self, state: State, weight: int) -> None:
         for name, value in state.items():
-            term = value.detach().to(torch.float64).mul_(weight * 2.0**GRID_BITS).round_().long()
-            if name in self._sums:
-                self._sums[name].add_(term)
-            else:
-                self._sums[name] = term
+            self._sums.setdefault(name, _Sum()).fold(value.detach(), weight, reach[name])
 
     def result(self, old: State) -> dict[str, Tensor]:
         """The mean, in the dtypes of `old`; names that were never sent keep `old`'s values."""
-        if self.weight == 0:
-            return dict(old)
-        if self._first is not None:
-            return {**old, **self._first}
-        mean = {}
-        for name, total in self._sums.items():
-            value = total.double() / self.weight / 2.0**GRID_BITS
-            whole = not old[name].dtype.is_floating_point
-            mean[name] = (value.round() if whole else value).to(old[name].dtype)
-        return {**old, **mean}
+        return {**old, **{n: s.mean(old[n].dtype) for n, s in self._sums.items()}}
 
 
 Weigh = Callable[[ClientUpdate, ExpertId], int]
@@ -123,5 +126,13 @@ def tokens_of(profile: ActivationProfile, expert: ExpertId) -> int:
     return int(profile.count_LE[expert.layer, expert.expert])
 
 
-def _largest(value: Tensor) -> float:
+def largest(value: Tensor) -> float:
+    """The largest magnitude, NaN if there is one; 0 of nothing."""
+    if not value.is_floating_point():
+        value = value.double()  # bool has no magnitude, and that of the least integer overflows
     return float(value.detach().abs().max()) if value.numel() else 0.0
+
+
+def _on_grid(value: Tensor, weight: int) -> Tensor:
+    # A product, not in place: a float64 value would be the client's own.
+    return (value.to(torch.float64) * (weight * 2.0**GRID_BITS)).round_().long()

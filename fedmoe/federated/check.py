@@ -1,11 +1,25 @@
 """What an update must be before it may touch the model."""
 
 import math
+from collections.abc import Iterator
 
-from fedmoe.federated.average import UPDATE_LIMIT, tokens_of
-from fedmoe.types import Assignment, ClientUpdate, ExpertId, Job, MoEState, State
+import torch
+from torch import Tensor
+
+from fedmoe.federated.average import UPDATE_LIMIT, largest, tokens_of
+from fedmoe.types import (
+    ActivationProfile,
+    Assignment,
+    ClientUpdate,
+    ExpertId,
+    Job,
+    MoEState,
+    State,
+    SubMoE,
+)
 
 MAX_EXAMPLES = 2**24  # a client that claims more is not believed
+MAX_TOKENS = 2**40  # per MoE layer; so sums of counts cannot overflow either
 
 
 class RefusedUpdateError(ValueError):
@@ -15,80 +29,106 @@ class RefusedUpdateError(ValueError):
 def check_update(update: ClientUpdate, assignment: Assignment, model: MoEState) -> None:
     """Accept an update for aggregation, or say why not.
 
+    What comes back must have exactly the names, shapes and dtypes of what went down.
+
     Args:
-        assignment: what this client was asked to do in this round.
-        model: the server's model, whose names, shapes and dtypes are the law.
+        assignment: what this client was sent in this round.
+        model: the server's model, which tells what layers and experts there are.
 
     Raises:
-        RefusedUpdateError: it is malformed, not finite, implausible, or holds what was not assigned.
+        RefusedUpdateError: it is malformed, not finite, implausible, or holds what was not
+            assigned.
     """
+    for problem in _problems(update, assignment, model):
+        raise RefusedUpdateError(f"client {update.client}: {problem}")
 
-    def refuse(why: str) -> None:
-        raise RefusedUpdateError(f"client {update.client}: {why}")
 
-    if not 1 <= update.num_examples <= MAX_EXAMPLES:
-        refuse(f"num_examples must be between 1 and {MAX_EXAMPLES}, got {update.num_examples}")
+def _problems(update: ClientUpdate, assignment: Assignment, model: MoEState) -> Iterator[str]:
+    """What is wrong with the update. Each check may rely on those before it."""
+    examples = update.num_examples
+    if not 1 <= examples <= MAX_EXAMPLES:
+        yield f"num_examples must be between 1 and {MAX_EXAMPLES}, got {examples}"
     for name, value in update.metrics.items():
         if not math.isfinite(value):
-            refuse(f"metric {name!r} must be finite, got {value}")
-    _check_profile(update, refuse_name=f"client {update.client}")
+            yield f"metric {name!r} must be finite, got {value}"
+        if name.endswith(("_validation", "_test")) and not 0 <= value <= 1:
+            yield f"metric {name!r} must be between 0 and 1, got {value}"
+    yield from _profile_problems(update.profile, assignment.sub_moe | frozenset(model.experts))
     if assignment.job is not Job.TRAIN:
         if update.model.shared or update.model.experts:
-            refuse(f"a {assignment.job.value} job sends no parameters back, but this update does")
+            yield f"a {assignment.job.value} job sends no parameters back, but this update does"
         return
-    examples = update.num_examples
-    problem = _problem_of("shared parameter", update.model.shared, model.shared, examples)
-    if problem:
-        refuse(problem)
-    for e, state in update.model.experts.items():
-        if e not in assignment.sub_moe:
-            refuse(f"expert {e.expert} of layer {e.layer} was not assigned to it")
+    sent = assignment.model
+    yield from _state_problems("shared parameter", update.model.shared, sent.shared, examples)
+    for e in sorted(update.model.experts):
+        if e not in sent.experts:
+            yield f"{_label(e)} was not assigned to it"
+    for e in sorted(sent.experts):
         weight = max(examples, tokens_of(update.profile, e))
-        label = f"expert {e.expert} of layer {e.layer}:"
-        problem = _problem_of(label, state, model.experts[e], weight)
-        if problem:
-            refuse(problem)
-    num_layers, num_experts = update.profile.count_LE.shape
-    for layer in range(num_layers):
-        for number in range(num_experts):
-            e = ExpertId(layer, number)
-            if tokens_of(update.profile, e) and e not in assignment.sub_moe:
-                refuse(f"reports tokens for expert {number} of layer {layer}, which it has not")
+        got = update.model.experts.get(e, {})
+        yield from _state_problems(f"{_label(e)}:", got, sent.experts[e], weight)
+    for layer, number in update.profile.count_LE.nonzero().tolist():
+        if (layer, number) not in assignment.sub_moe:
+            yield f"reports tokens for {_label(ExpertId(layer, number))}, which it has not"
 
 
-def _check_profile(update: ClientUpdate, refuse_name: str) -> None:
-    p = update.profile
-    shape = tuple(p.count_LE.shape)
-    same = p.count_LE.dim() == 2 and all(tuple(t.shape) == shape for t in (p.weight_LE, p.score_LE))
-    if not same or tuple(p.token_L.shape) != shape[:1]:
-        raise RefusedUpdateError(f"{refuse_name}: its profile's tables differ in shape")
-    if p.count_LE.is_floating_point() or p.token_L.is_floating_point():
-        raise RefusedUpdateError(f"{refuse_name}: its profile's counts must be whole numbers")
-    if not (p.weight_LE.isfinite().all() and p.score_LE.isfinite().all()):
-        raise RefusedUpdateError(f"{refuse_name}: its profile must be finite")
-    if bool((p.count_LE < 0).any()) or bool((p.weight_LE < 0).any()):
-        raise RefusedUpdateError(f"{refuse_name}: its profile must not be negative")
+def _profile_problems(p: ActivationProfile, experts: SubMoE) -> Iterator[str]:
+    num_layers = 1 + max((e.layer for e in experts), default=-1)
+    num_experts = 1 + max((e.expert for e in experts), default=-1)
+    exists_LE = torch.zeros(num_layers, num_experts, dtype=torch.bool)
+    for e in experts:
+        exists_LE[e.layer, e.expert] = True
+    tables = {
+        "count_LE": (p.count_LE, torch.int64),
+        "weight_LE": (p.weight_LE, torch.float64),
+        "score_LE": (p.score_LE, torch.float64),
+        "token_L": (p.token_L, torch.int64),
+    }
+    for name, (table, dtype) in tables.items():
+        shape = (num_layers, num_experts) if name.endswith("LE") else (num_layers,)
+        if tuple(table.shape) != shape or table.dtype != dtype:
+            yield (
+                f"its profile's {name} must be {dtype} of shape {shape}, "
+                f"got {table.dtype} of shape {tuple(table.shape)}"
+            )
+        elif not bool(table.isfinite().all()):
+            yield f"its profile's {name} must be finite"
+        elif bool((table < 0).any()):
+            yield f"its profile's {name} must not be negative"
+        elif name.endswith("LE") and bool(table[~exists_LE].any()):
+            layer, number = (table.bool() & ~exists_LE).nonzero()[0].tolist()
+            yield f"its profile's {name} names {_label(ExpertId(layer, number))}, which is not"
+    if bool((p.token_L > MAX_TOKENS).any()):
+        yield f"its profile's token_L must be at most {MAX_TOKENS}, got {int(p.token_L.max())}"
     if bool((p.count_LE > p.token_L[:, None]).any()):
-        raise RefusedUpdateError(f"{refuse_name}: an expert ran more tokens than passed its layer")
+        yield "its profile has an expert that ran more tokens than passed its layer"
 
 
-def _problem_of(what: str, got: State, wanted: State, weight: int) -> str | None:
+def _state_problems(what: str, got: State, wanted: State, weight: int) -> Iterator[str]:
+    if missing := sorted(set(wanted) - set(got)):
+        yield f"{what} {missing[0]!r} is missing ({len(missing)} in all)"
     for name, value in got.items():
         if name not in wanted:
-            return f"{what} {name!r} is not in the model"
-        if value.shape != wanted[name].shape:
-            return (
-                f"{what} {name!r} must have shape {tuple(wanted[name].shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-        if value.dtype != wanted[name].dtype:
-            return f"{what} {name!r} must be {wanted[name].dtype}, got {value.dtype}"
-        largest = float(value.abs().max()) if value.numel() else 0.0  # NaN, if there is one
-        if not math.isfinite(largest):
-            return f"{what} {name!r} must be finite, but holds NaN or infinity"
-        if largest * weight >= UPDATE_LIMIT:
-            return (
-                f"{what} {name!r} times its weight of {weight} must stay below "
-                f"{UPDATE_LIMIT:.0f}, got a value of {largest:.3g}"
-            )
+            yield f"{what} {name!r} was not sent to it"
+        if problem := _value_problem(value, wanted[name], weight):
+            yield f"{what} {name!r} {problem}"
+
+
+def _value_problem(value: Tensor, wanted: Tensor, weight: int) -> str | None:
+    if value.shape != wanted.shape:
+        return f"must have shape {tuple(wanted.shape)}, got {tuple(value.shape)}"
+    if value.dtype != wanted.dtype:
+        return f"must be {wanted.dtype}, got {value.dtype}"
+    magnitude = largest(value)
+    if not math.isfinite(magnitude):
+        return "must be finite, but holds NaN or infinity"
+    if magnitude * weight >= UPDATE_LIMIT:
+        return (
+            f"times its weight of {weight} must stay below {UPDATE_LIMIT:.0f}, "
+            f"got a value of {magnitude:.3g}"
+        )
     return None
+
+
+def _label(e: ExpertId) -> str:
+    return f"expert {e.expert} of layer {e.layer}"

@@ -125,7 +125,7 @@ def choice_by_group(
         chosen = set()
         for layer, numbers in _numbers(model).items():
             share = len(numbers) // len(names)
-            start = names.index(groups[c.id]) * share
+            start = names.index(groups[c.id]) * len(numbers) // len(names)
             shift = mates.index(c.id) * count % share if share > count else 0
             order = numbers[start:] + numbers[:start]
             own = order[:share]

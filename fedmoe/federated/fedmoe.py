@@ -142,11 +142,20 @@ class FedMoE:
         for name, low in (("smooth_over", 0), ("neighbours", 1), ("min_experts", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if self.sharpness < 0:
-            raise ValueError(f"sharpness must be 0 or more, got {self.sharpness}")
+        for name in ("sharpness", "min_delta"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.theta_cap <= 1:
+            raise ValueError(f"theta_cap must be between 0 and 1, got {self.theta_cap}")
 
     def init(self, model: MoEState, clients: Sequence[ClientInfo]) -> FedMoEState:
         """Raises ValueError, before the first round, for a client whose memory is too small."""
+        for layer in sorted({e.layer for e in model.experts}):
+            if (count := self._layer_count(model.experts, layer)) < self.min_experts:
+                raise ValueError(
+                    f"min_experts must be at most the {count} experts of layer {layer}, "
+                    f"got {self.min_experts}"
+                )
         for c in clients:
             if c.memory_bytes is not None:
                 self._check_memory(model, c)
@@ -161,11 +170,13 @@ class FedMoE:
         notes: list[ClientUpdate] = []
         model = average_by_expert(state.model, _noted(updates, notes), self.weigh)
         notes.sort(key=lambda note: note.client)  # they came as they pleased
+        # An explorer's score is that of the full model, and must not be what its part is held to.
+        scored = [note for note in notes if note.client in state.sub_moes]
         state = self._observed(replace(state, model=model, changes=()), notes)
         exploring = state.round + 1 < self.explore_rounds
         if not exploring:
             state = self._chosen(state)
-            state = self._advised(state, notes)
+            state = self._advised(state, scored)
         return replace(state, round=state.round + 1)
 
     def merged(self, state: FedMoEState) -> MoEState:
@@ -260,7 +271,7 @@ class FedMoE:
             p_KLE = self._predicted(state, known, p_KLE, sim_KK)
         if self.smooth_over:
             p_KLE = smoothed(p_KLE, sim_KK, self.smooth_over)
-        if self.sharpness:
+        if self.sharpness and len(known) > 1:  # one client alone is like the mean client
             room = [experts_that_fit(state.model, state.clients[k].memory_bytes) for k in known]
             p_KLE = balanced_demand(p_KLE, torch.tensor(room), self.sharpness)
         return p_KLE
@@ -294,7 +305,7 @@ class FedMoE:
         changes = list(state.changes)
         for note in notes:
             score = note.metrics.get("trained_validation")
-            if score is None or note.client not in sub_moes:
+            if score is None:
                 continue
             now = progress.get(note.client, Progress())
             if score > now.best + self.min_delta or now.best < 0:

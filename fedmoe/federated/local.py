@@ -26,6 +26,7 @@ from fedmoe.state import (
     nothing,
     other_than,
     overlay,
+    rows_of,
     split_state,
     take_names,
 )
@@ -74,6 +75,10 @@ class LocalPlan:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number of 0 or more, got {value}")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(
+                f"label_smoothing must be between 0 and 1, got {self.label_smoothing}"
+            )
 
 
 def private_router(plan: LocalPlan) -> LocalPlan:
@@ -133,8 +138,18 @@ def work(
     if not len(data.train.y):
         raise ValueError(f"client {client} has no training examples: leave it out of the run")
     own = own_part(factory, assignment.sub_moe, plan.personal, personal)
+    part = overlay(assignment.model, own)
+    if lacking := sorted(assignment.sub_moe - set(part.experts)):
+        e = lacking[0]
+        raise ValueError(
+            f"client {client} was assigned expert {e.expert} of layer {e.layer}, and neither was "
+            f"sent its parameters nor has its own ({len(lacking)} in all)"
+        )
+    rows = MoEState({}, assignment.absent_rows)
+    if assignment.job is Job.SCOUT:
+        rows = overlay(rows, own_rows(factory, plan.personal, personal))
     model = build_part(factory, assignment.sub_moe)
-    load_state(model, overlay(assignment.model, own), assignment.absent_rows)
+    load_state(model, part, rows.experts)
     model.to(device)
     sizes = layer_sizes(model)
     num_examples = len(data.train.y)
@@ -182,6 +197,19 @@ def own_part(
         return start
     held = {e: s for e, s in personal.experts.items() if e in sub_moe}
     return overlay(start, MoEState(personal.shared, held))
+
+
+def own_rows(
+    factory: Callable[[], nn.Module], test: NameTest, personal: MoEState | None
+) -> MoEState:
+    """A client's own gate rows, of all experts: what a scout with a private router needs."""
+    if test is nothing:
+        return MoEState({}, {})
+    whole = split_state(factory())
+    experts = frozenset(whole.experts)
+    if personal is not None:
+        whole = overlay(whole, personal)
+    return take_names(MoEState({}, rows_of(whole, experts)), test)
 
 
 def train(

@@ -127,13 +127,24 @@ def run_rounds(
         after_round(report)
 
     if first <= schedule.rounds:
-        assignments = {
-            client: prepare(replace(a, job=Job.EVALUATE, evaluate=True, round=schedule.rounds))
-            for client, a in strategy.assign(state, sorted(clients, key=lambda c: c.id)).items()
-        }
+        everyone = sorted(clients, key=lambda c: c.id)
         report = RoundReport(schedule.rounds, "final", state)
         started = time.perf_counter()
-        for _ in _accepted(exchange, assignments, strategy.merged(state), report, measure):
+        model, given = strategy.merged(state), strategy.assign(state, everyone)
+        if late := {k: prepare(a) for k, a in given.items() if a.job is Job.SCOUT}:
+            # Who was never sampled holds nothing yet: it scouts first, as in a round to come.
+            updates = _accepted(exchange, late, model, report, measure)
+            settled = strategy.aggregate(state, updates)
+            report.changes = strategy.changes(settled)
+            given = strategy.assign(settled, everyone)
+        assignments = {}
+        for client, a in given.items():
+            if a.job is Job.TRAIN:
+                a = replace(a, job=Job.EVALUATE, evaluate=True, round=schedule.rounds)
+                assignments[client] = prepare(a)
+            elif all(client != f.client for f in (*report.failed, *report.refused)):
+                report.failed.append(ClientFailure(client, "has been given no experts yet"))
+        for _ in _accepted(exchange, assignments, model, report, measure):
             pass
         report.seconds = time.perf_counter() - started
         after_round(report)
@@ -148,8 +159,8 @@ def _accepted(
     measure: Measure,
 ) -> Iterator[ClientUpdate]:
     """The updates that may be folded, as they arrive; the rest is written into `report`."""
-    report.held = {client: a.sub_moe for client, a in assignments.items()}
-    report.bytes_down = sum(measure(a) for a in assignments.values())
+    report.held |= {client: a.sub_moe for client, a in assignments.items()}
+    report.bytes_down += sum(measure(a) for a in assignments.values())
     answered: set[int] = set()
     for reply in exchange(assignments):
         if isinstance(reply, ClientFailure):
@@ -174,5 +185,3 @@ def _accepted(
     for client in sorted(set(assignments) - answered):
         if all(client != f.client for f in (*report.failed, *report.refused)):
             report.failed.append(ClientFailure(client, "no answer"))
-
-

@@ -144,8 +144,11 @@ def _cumulative(p_LE: Tensor, order: Sequence[ExpertId]) -> list[float]:
 
 
 def _first_reaching(sums: Sequence[float], theta: float) -> int:
-    """Length of the shortest prefix whose sum is at least theta; all, if none is."""
-    if theta <= 0:
+    """Length of the shortest prefix whose sum is at least theta; all, if none is.
+
+    0 where nothing was activated at all: such a layer has no say in theta.
+    """
+    if theta <= 0 or sums[-1] <= 0:
         return 0
     # One part in 1e12 of slack: a full prefix sums to 1 only up to rounding.
     return min(len(sums), bisect_left(sums, theta * (1 - 1e-12) - 1e-15) + 1)

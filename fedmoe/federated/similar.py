@@ -93,6 +93,8 @@ def balanced_demand(p_KLE: Tensor, room_K: Tensor, sharpness: float, steps: int 
     """
     if not sharpness > 0:
         raise ValueError(f"sharpness must be above 0, got {sharpness}")
+    if bool((room_K < 1).any()):
+        raise ValueError(f"room_K must be at least 1 expert per client, got {room_K.tolist()}")
     mean_LE, std_LE = p_KLE.double().mean(0), p_KLE.double().std(0, correction=0)
     exists_LE = mean_LE > 0
     score_KLE = (p_KLE.double() - mean_LE) / std_LE.clamp_min(1e-12)

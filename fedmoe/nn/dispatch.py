@@ -4,8 +4,8 @@
 expert, gathers their tokens once, runs the experts on consecutive rows, and adds each token's
 outputs up in one go. How the rows run depends on what the experts are: see `mix`.
 
-Shape suffixes: T tokens, D width, O output width, E experts, H held experts, N tokens of one
-expert, R rows: the pairs of a token and a held expert that it weighs.
+Shape suffixes: T tokens, D width, O output width, E experts, N tokens of one expert, R rows:
+the pairs of a token and a held expert that it weighs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from fedmoe.nn.grouped import grouped_fits, plain_ffns, run_grouped
 # On a CPU, a grouped matmul first copies the weights of all its experts side by side. Within
 # these limits that costs less than calling each expert (2-core EPYC, torch 2.13, one thread).
 GROUPED_MAX_EXPERT_PARAMETERS = 65_536
-GROUPED_MIN_EXPERTS = 4
+GROUPED_MIN_EXPERTS = 6
 
 
 class Rows(NamedTuple):
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
     token_R: Tensor  # which token
     pair_R: Tensor  # where its weight is in the flattened weights
-    counts: list[int]  # rows of each held expert, in their order
+    counts: list[int]  # rows of each expert
     back_R: Tensor  # the rows again, sorted by token
     start_T: Tensor  # where each token's part of `back_R` begins
 
@@ -41,12 +41,11 @@ def mix(x_TD: Tensor, weight_TE: Tensor, experts: Mapping[int, nn.Module], out_d
     Raises:
         ValueError: an expert returns another shape than (N, O).
     """
-    held = list(experts)
-    if held != list(range(weight_TE.shape[1])):
-        weight_TE = weight_TE[:, held]
-    rows = sort_rows(weight_TE.detach())
+    held_E = torch.zeros(weight_TE.shape[1], dtype=torch.bool, device=weight_TE.device)
+    held_E[list(experts)] = True
+    rows = sort_rows(weight_TE.detach().masked_fill(~held_E, 0.0))
     weight_R = weight_TE.reshape(-1).index_select(0, rows.pair_R)
-    used = [(e, n) for e, n in zip(held, rows.counts, strict=True) if n]
+    used = [(e, n) for e, n in enumerate(rows.counts) if n]
     if not used:
         return _nothing(x_TD, weight_R, out_dim)
     x_RD = x_TD.index_select(0, rows.token_R)
@@ -54,19 +53,19 @@ def mix(x_TD: Tensor, weight_TE: Tensor, experts: Mapping[int, nn.Module], out_d
     return add_up(y_RO, weight_R, rows).to(x_TD.dtype)
 
 
-def sort_rows(weight_TH: Tensor) -> Rows:
+def sort_rows(weight_TE: Tensor) -> Rows:
     """Find the pairs with a weight, and sort them by expert and then token."""
-    num_tokens, held = weight_TH.shape
-    pair_R = weight_TH.reshape(-1).nonzero().squeeze(1)
-    token_R = pair_R.div(max(held, 1), rounding_mode="floor")
-    expert_R = pair_R - token_R * held
+    num_tokens, num_experts = weight_TE.shape
+    pair_R = weight_TE.reshape(-1).nonzero().squeeze(1)
+    token_R = pair_R.div(num_experts, rounding_mode="floor")
+    expert_R = pair_R - token_R * num_experts
     order_R = expert_R.argsort(stable=True)
     back_R = torch.empty_like(order_R)
     back_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     return Rows(
         token_R=token_R.index_select(0, order_R),
         pair_R=pair_R.index_select(0, order_R),
-        counts=expert_R.bincount(minlength=held).tolist(),
+        counts=expert_R.bincount(minlength=num_experts).tolist(),
         back_R=back_R,
         start_T=torch.searchsorted(token_R, torch.arange(num_tokens, device=token_R.device)),
     )

@@ -46,9 +46,9 @@ class MoE(nn.Module):
         """
         super().__init__()
         _check_numbers(experts, num_experts)
-        parts = {"gate": gate, **{f"expert {e}": experts[e] for e in sorted(experts)}}
-        self.dim = _common_width("dim", parts)
-        self.out_dim = _common_width("out_dim", parts, {"the layer": out_dim})
+        named = {f"expert {e}": experts[e] for e in sorted(experts)}
+        self.dim = _common_width("dim", {"gate": gate, **named})
+        self.out_dim = _common_width("out_dim", named, {"layer": out_dim})
         self.gate = gate
         self.experts = nn.ModuleDict({str(e): experts[e] for e in sorted(experts)})
         self.num_experts = num_experts

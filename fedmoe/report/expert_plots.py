@@ -195,6 +195,7 @@ def expert_load(run: Run, layer: int, style: Style) -> go.Figure:
         subplot_titles=("Share of all activations", "Clients that hold it"),
     )
     base = base_figure(440).layout
+    figure.layout.template = go.layout.Template()  # make_subplots brings colours of its own
     figure.update_layout(base)
     figure.update_layout(
         xaxis2={**base.xaxis.to_plotly_json(), "anchor": "y2"},

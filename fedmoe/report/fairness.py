@@ -29,9 +29,14 @@ def comparison_notes(rows: Sequence[Row]) -> list[Note]:
     own = [r for r in rows if not r.get("published")]
     methods = list(dict.fromkeys(str(r["method"]) for r in own))
     notes = [*_unfinished(own), *_chance(own), *_unmeasured(own), *_copied(rows)]
-    notes += _seeds(own, methods)
     if len(methods) > 1:
-        notes += [*_partitions(own), *_pools(own), *_one_off(own), *_matched(own, methods)]
+        notes += [
+            *_seeds(own, methods),
+            *_partitions(own),
+            *_pools(own),
+            *_one_off(own),
+            *_matched(own, methods),
+        ]
     return sorted(notes, key=lambda note: not note.refuses)
 
 

@@ -62,6 +62,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedmoe.report.atomic import write_atomically
 from fedmoe.report.fields import LogError, parse
 from fedmoe.report.records import (
     ClientAccuracy,
@@ -117,8 +118,8 @@ class RunLog:
         text = json.dumps(info.to_json(), indent=1, allow_nan=False) + "\n"
         RunInfo.from_json(parse(text, "run.json"))
         directory.mkdir(parents=True, exist_ok=True)
-        _write_atomically(directory / "rounds.jsonl", "")
-        _write_atomically(path, text)  # last: a directory with run.json is a whole log
+        write_atomically(directory / "rounds.jsonl", "")
+        write_atomically(path, text)  # last: a directory with run.json is a whole log
         return RunLog(directory, info)
 
     @staticmethod
@@ -156,7 +157,7 @@ class RunLog:
         records, _ = _read_rounds(self.path, self.info)
         kept = [r.to_json() for r in records if r.round < round]
         lines = (json.dumps(r, separators=(",", ":"), allow_nan=False) + "\n" for r in kept)
-        _write_atomically(self.path, "".join(lines))
+        write_atomically(self.path, "".join(lines))
 
 
 def read_run(directory: Path) -> Run:
@@ -217,18 +218,3 @@ def _read_rounds(path: Path, info: RunInfo) -> tuple[list[RoundRecord], list[str
             )
         records.append(record)
     return records, []
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing, on disk when this returns."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,6 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from fedmoe.report import palette
+from fedmoe.report.atomic import write_atomically
 from fedmoe.report.fairness import refused
 from fedmoe.report.log import Run
 from fedmoe.report.measures import result_row
@@ -46,12 +46,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
     path = Path(path)
     text = render_report(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    write_atomically(path, text)
 
 
 def render_report(runs: Sequence[Run]) -> str:

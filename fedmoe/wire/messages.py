@@ -37,8 +37,10 @@ def decode_assignment(raw: bytes) -> Assignment:
     if not 0 <= job < len(JOBS):
         raise ValueError(f"job must be between 0 and {len(JOBS) - 1}, got {job}")
     held = tensors.pop("sub_moe", None)
-    if held is None or held.dim() != 2 or held.shape[1] != 2 or held.is_floating_point():
-        raise ValueError("sub_moe must be a table of whole numbers with 2 columns")
+    if held is None or held.dtype != torch.int32 or held.dim() != 2 or held.shape[1] != 2:
+        raise ValueError("sub_moe must be an int32 table with 2 columns")
+    if round < 0 or bool((held < 0).any()):
+        raise ValueError("an assignment's round and experts must be numbered from 0")
     rows = _by_expert(tensors, "rows/")
     return Assignment(
         round,
@@ -66,8 +68,9 @@ def decode_update(raw: bytes) -> ClientUpdate:
     metrics = {}
     for name in [n for n in tensors if n.startswith("metric/")]:
         value = tensors.pop(name)
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be one number, got {value.numel()}")
+        if value.dtype != torch.float64 or value.dim():
+            raise ValueError(f"{name} must be one float64 number, got {value.dtype} of shape "
+                             f"{tuple(value.shape)}")
         metrics[name.removeprefix("metric/")] = float(value)
     return ClientUpdate(client, num_examples, _model(tensors), profile, metrics)
 

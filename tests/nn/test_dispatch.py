@@ -6,34 +6,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedmoe.nn import dispatch, ffn_rows
+from fedmoe.nn import dispatch
 from fedmoe.nn.dispatch import mix, mix_loop, run_segments, sort_rows
 from fedmoe.nn.experts.ffn import FFN
-from fedmoe.nn.ffn_rows import grouped_fits, plain_ffns, run_grouped, run_one_node
+from fedmoe.nn.grouped import grouped_fits, plain_ffns, run_grouped
 from fedmoe.nn.init import seeded
-
-
-def segments(x_RD, experts, counts, out_dim):
-    return run_segments(x_RD, experts, counts, out_dim)
 
 
 def grouped(x_RD, experts, counts, out_dim):
     ffns = plain_ffns(experts.values(), x_RD)
-    return run_grouped(x_RD, ffns, counts) if grouped_fits(ffns, x_RD) else pytest.skip("widths")
+    assert ffns is not None
+    return run_grouped(x_RD, ffns, counts)
 
 
-def one_node(x_RD, experts, counts, out_dim):
-    return run_one_node(x_RD, plain_ffns(experts.values(), x_RD), counts)
-
-
-WAYS = {"segments": segments, "grouped": grouped, "one_node": one_node, "chosen": None}
+WAYS = {"segments": run_segments, "grouped": grouped}
 
 
 @pytest.fixture(params=WAYS, ids=str)
 def way(request, monkeypatch):
-    if WAYS[request.param] is not None:
-        monkeypatch.setattr(dispatch, "run_rows", WAYS[request.param])
-    return request.param
+    monkeypatch.setattr(dispatch, "run_rows", WAYS[request.param])
 
 
 def routing_weights(T, E, k, seed, skew=0.0):
@@ -97,7 +88,7 @@ def test_crowded_experts_give_what_the_loop_gives(way, skew):
     check(40, 6, range(6), 2, 8, 16, 8, skew=skew)
 
 
-def test_float64_gives_what_the_loop_gives(way):
+def test_float64_gives_what_the_loop_gives():
     check(20, 4, [0, 1, 3], 2, 8, 16, 8, dtype=torch.float64)
 
 
@@ -129,7 +120,7 @@ def test_experts_without_tokens_have_no_gradient(way):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_mixing_gives_what_the_loop_gives_whatever_the_layer(data):
+def test_mixing_as_chosen_gives_what_the_loop_gives_whatever_the_layer(data):
     E = data.draw(st.integers(1, 9), "experts")
     held = sorted(data.draw(st.sets(st.integers(0, E - 1), min_size=1), "held"))
     D, F, out = (data.draw(st.integers(1, 20), name) for name in ("D", "F", "out"))
@@ -176,14 +167,13 @@ def test_without_grad_mode_the_output_is_the_same_and_has_no_graph(way):
     assert torch.equal(y_TO, mix(*args))
 
 
-@pytest.mark.parametrize("hidden", [16, 20], ids=["grouped", "segments"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_gives_the_dtype_and_nearly_the_values_of_the_loop(dtype, hidden):
+def test_autocast_gives_the_dtype_and_nearly_the_values_of_the_loop(way, dtype):
     g = torch.Generator().manual_seed(0)
     x_TD = torch.randn(20, 8, generator=g).to(dtype)
     grad_TO = torch.randn(20, 8, generator=g).to(dtype)
     # GELU: of ReLU, a rounded sign would switch whole units on and off.
-    weight_TE, modules = routing_weights(20, 4, 2, 0), ffns(range(4), 8, hidden, 8, "gelu")
+    weight_TE, modules = routing_weights(20, 4, 2, 0), ffns(range(4), 8, 20, 8, "gelu")
 
     def under_autocast(*args):
         with torch.autocast("cpu", torch.bfloat16):
@@ -249,19 +239,38 @@ def test_rows_are_sorted_by_expert_and_lead_back_to_their_tokens():
 
 def test_each_way_is_chosen_where_it_is_meant_to_be(monkeypatch):
     taken = []
-    for name in ("run_grouped", "run_one_node", "run_segments"):
+    for name in ("run_grouped", "run_segments"):
         run = getattr(dispatch, name)
         monkeypatch.setattr(
             dispatch, name, lambda *a, name=name, run=run: (taken.append(name), run(*a))[1]
         )
-    weight_TE = torch.ones(4, 1)
-    mix(torch.ones(4, 8), weight_TE, {0: FFN(8, 16)}, 8)
-    mix(torch.ones(4, 7), weight_TE, {0: FFN(7, 16)}, 7)
-    mix(torch.ones(4, 256), weight_TE, {0: FFN(256, 512)}, 256)
-    mix(torch.ones(4, 8), weight_TE, {0: nn.Linear(8, 8)}, 8)
-    assert taken == ["run_grouped", "run_one_node", "run_one_node", "run_segments"]
+
+    def run_with(experts, dtype=torch.float32):
+        D = 256 if experts[0].up.weight.numel() > 1000 else 8
+        modules = {e: m.to(dtype) for e, m in enumerate(experts)}
+        mix(torch.ones(4, D, dtype=dtype), torch.ones(4, len(experts)), modules, D)
+
+    run_with([FFN(8, 16) for _ in range(6)])
+    run_with([FFN(8, 16) for _ in range(6)], torch.bfloat16)
+    assert taken == ["run_grouped"] * 2
+    taken.clear()
+    run_with([FFN(8, 16) for _ in range(5)])  # few
+    run_with([FFN(256, 512) for _ in range(6)])  # large
+    run_with([FFN(8, 16) for _ in range(6)], torch.float64)
+    run_with([FFN(8, 16) for _ in range(5)] + [FFN(8, 12)])  # of two sizes
+    run_with([FFN(8, 16) for _ in range(5)] + [FFN(8, 16, activation="gelu")])
+    run_with([FFN(8, 16) for _ in range(5)] + [Doubled(8, 16)])
+    assert taken == ["run_segments"] * 6
 
 
-def test_the_largest_small_expert_is_named_in_parameters():
-    at_limit = ffn_rows.plain_ffns([FFN(8, 16)], torch.ones(1, 8))[0]
-    assert at_limit.numel == 2 * 8 * 16
+def test_the_grouped_way_needs_experts_alike():
+    x_RD = torch.ones(1, 8)
+
+    def fits(*experts):
+        return grouped_fits(plain_ffns(experts, x_RD), x_RD)
+
+    assert fits(FFN(8, 16), FFN(8, 16))
+    assert not fits(FFN(8, 16), FFN(8, 12))
+    assert not fits(FFN(8, 16), FFN(8, 16, activation="gelu"))
+    assert plain_ffns([FFN(8, 16), nn.Linear(8, 8)], x_RD) is None
+    assert plain_ffns([FFN(8, 16).bfloat16()], x_RD) is None

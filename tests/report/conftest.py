@@ -220,6 +220,11 @@ def record() -> Callable[..., RoundRecord]:
     return make_record
 
 
+@pytest.fixture
+def on_disk() -> Callable[[Sequence[Run], Path], None]:
+    return write_runs
+
+
 @pytest.fixture(scope="session")
 def few_runs() -> list[Run]:
     """Three methods, three seeds, small enough for milliseconds."""

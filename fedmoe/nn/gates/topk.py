@@ -4,7 +4,8 @@ Shazeer et al. 2017, "Outrageously Large Neural Networks", arXiv:1701.06538, eq.
 noise term. `gate_mass` says what becomes of the probability of experts that a token does not run:
 "renormalise" gives it to the k chosen, as Mixtral does (arXiv:2401.04088); "full" drops it, as
 Switch does (arXiv:2101.03961) and OLMoE (arXiv:2409.02060). With "full", a sub-MoE that knows the
-gate rows of the experts it lacks weighs the others exactly as the whole model does.
+gate rows of the experts it lacks weighs the others exactly as the whole model does. With k=1,
+"renormalise" makes every weight 1, and then no loss on the output teaches the gate.
 
 Shape suffixes: T tokens, D width, E experts, K chosen.
 """
@@ -52,25 +53,23 @@ class TopKGate(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             all_TE = nn.functional.linear(x_TD.to(dtype), self.proj.weight.to(dtype))
             choosable_E = present_E & self.known_E
-            logit_TE = _among(all_TE, choosable_E)
+            num_choosable = int(choosable_E.sum())
+            if num_choosable == self.num_experts:
+                logit_TE = all_TE
+            else:
+                logit_TE = all_TE.masked_fill(~choosable_E, -torch.inf)
             if self.gate_mass == "full":
                 score_TE = masked_softmax(all_TE, self.known_E)
                 weight_TE = keep_top_k(score_TE * choosable_E, self.k)
-                return Routing(weight_TE, score_TE, logit_TE)
-            score_TE = masked_softmax(all_TE, choosable_E)
-            if not choosable_E.any():
-                return Routing(score_TE, score_TE, logit_TE)
-            # More than there are would choose one twice.
-            k = min(self.k, int(choosable_E.sum()))
-            best_TK = top_k_indices(logit_TE.detach(), k)
-            # The same as their scores over the sum of these, but the loss reaches only K logits.
-            weight_TK = logit_TE.gather(-1, best_TK).softmax(-1)
-            weight_TE = torch.zeros_like(logit_TE).scatter(-1, best_TK, weight_TK)
+            elif num_choosable == 0:
+                score_TE = weight_TE = masked_softmax(all_TE, choosable_E)
+            else:
+                score_TE = logit_TE.softmax(-1)
+                best_TK = top_k_indices(logit_TE.detach(), min(self.k, num_choosable))
+                # Their scores over the sum of these; so the loss reaches just these K logits.
+                weight_TK = logit_TE.gather(-1, best_TK).softmax(-1)
+                weight_TE = torch.zeros_like(logit_TE).scatter(-1, best_TK, weight_TK)
         return Routing(weight_TE, score_TE, logit_TE)
-
-
-def _among(logit_TE: Tensor, mask_E: Tensor) -> Tensor:
-    return logit_TE if mask_E.all() else logit_TE.masked_fill(~mask_E, -torch.inf)
 
 
 def masked_softmax(logit_TE: Tensor, mask_E: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ def masked_softmax(logit_TE: Tensor, mask_E: Tensor) -> Tensor:
     if not mask_E.any():
         # Softmax would make NaN of it. These zeros still let a gradient through: zeros.
         return logit_TE.masked_fill(~mask_E, 0.0)
-    return _among(logit_TE, mask_E).softmax(-1)
+    return logit_TE.masked_fill(~mask_E, -torch.inf).softmax(-1)
 
 
 def keep_top_k(score_TE: Tensor, k: int) -> Tensor:

@@ -1,0 +1,78 @@
+"""What can go wrong, said in one paragraph on stderr and in an exit code that scripts can trust.
+
+0 done; 1 something ran and failed; 2 bad usage or input; 130 stopped by Ctrl-C, 143 by SIGTERM.
+With FEDMOE_TRACEBACK=1 the traceback comes too.
+"""
+
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator
+
+import typer
+from rich.text import Text
+
+from fedmoe.cli.words import console
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+VARIABLE = "FEDMOE_TRACEBACK"
+# What the library raises for what its caller gave it.
+BAD_INPUT_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+
+
+class CommandError(Exception):
+    """The end of a command: what is wrong and how to mend it, and the exit code."""
+
+    def __init__(self, text: str, code: int = BAD_INPUT) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@contextlib.contextmanager
+def explained(command: str) -> Iterator[None]:
+    """Turn whatever is raised into a paragraph and an exit code."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # whoever read our output has gone; there is nobody to tell
+    except CommandError as why:
+        _end(command, str(why), why.code)
+    except KeyboardInterrupt:
+        _end(command, "stopped", INTERRUPTED)
+    except BAD_INPUT_ERRORS as why:
+        _end(command, reason(why), BAD_INPUT)
+    except typer.Exit:
+        raise
+    except Exception as why:
+        _end(
+            command,
+            f"{type(why).__name__}: {reason(why)}. This is a fault in the code, not in what you "
+            f"typed; {VARIABLE}=1 shows where.",
+            FAILED,
+        )
+
+
+def reason(why: BaseException) -> str:
+    """An error's text, for a reader who did not write the code."""
+    if isinstance(why, OSError) and why.strerror and why.filename:
+        return f"{why.filename}: {why.strerror}"
+    if isinstance(why, KeyError):
+        return f"{why} is missing"
+    return str(why) or "no reason given"
+
+
+def _end(command: str, text: str, code: int) -> None:
+    if os.environ.get(VARIABLE, "0") not in ("", "0"):
+        traceback.print_exc()
+    # A terminal gets lines that end between words; a file gets the paragraph as one line.
+    err = console(stderr=True)
+    line = Text.assemble((f"fedmoe {command}: ", "bold red"), text)
+    err.print(line, soft_wrap=not err.is_terminal)
+    raise typer.Exit(code)
