@@ -139,7 +139,7 @@ def run(
 ) -> None:
     """Run an experiment and compare its methods.
 
-    NAME is demo, domains, published-dirichlet, published-pathological,
+    NAME is demo, domains, domains-devices, published-dirichlet, published-pathological,
     published-fifth-dirichlet, published-fifth-pathological, or a function of your own as
     module:function. At the end come a table and report.html.
 

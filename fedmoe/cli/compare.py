@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmoe.cli.trouble import CommandError
-from fedmoe.cli.words import console, listed, plural, write_json
+from fedmoe.cli.words import console, listed, plain_table, plural, write_json
 from fedmoe.report.fairness import comparison_notes
 from fedmoe.report.log import Run, read_run
 from fedmoe.report.measures import Row, result_row, table_rows
@@ -114,7 +114,9 @@ def show(runs: Sequence[Run], against: str | None = None) -> None:
     out.print(TerminalTable([result_row(run, info.experiment) for run in ordered], title))
     found = [d for d in differences(runs, against) if d.found is not None]
     if found:
+        title = f"Personal accuracy against {found[0].against}, in points, paired by seed"
         out.print()
+        out.print(Text(title, "bold"))
         out.print(_difference_table(found))
     for run in runs:
         for note in run.notes:
@@ -150,15 +152,7 @@ def _why_not(reference: Sequence[Run], own: Sequence[Run]) -> str | None:
 
 
 def _difference_table(found: Sequence[Difference]) -> Table:
-    table = Table(
-        title=f"Personal accuracy against {found[0].against}, in points, paired by seed",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        header_style="dim",
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-    )
+    table = plain_table()
     table.add_column("method", style="bold", no_wrap=True)
     for head in ("difference", "95 % interval", "seeds"):
         table.add_column(head, justify="right", no_wrap=True)

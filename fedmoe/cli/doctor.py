@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
-from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from fedmoe import __version__
@@ -237,13 +237,15 @@ def _show(checks: list[Check]) -> None:
         State.MISSING: ("✗", "red"),
     }
     out.print(Text(f"fedmoe {__version__}", "bold"))
+    table = Table.grid(padding=(0, 2, 0, 0))
     for check in checks:
         mark, style = marks[check.state]
-        line = Text.assemble((f"{mark} ", style), (f"{check.name:<14}", "bold"), check.found)
-        line.stylize(style if check.state is not State.GOOD else "", 0, 16)
-        out.print(Padding(line, 0))
+        found = Text(check.found)
         if check.mend is not None:
-            out.print(Padding(Text(check.mend, style), (0, 0, 0, 16)))
+            found.append(f"\n{check.mend}", style)
+        name = Text(check.name, "bold" if check.state is State.GOOD else f"bold {style}")
+        table.add_row(Text(mark, style), name, found)
+    out.print(table)
     missing = sum(c.state is State.MISSING for c in checks)
     if not missing:
         out.print(Text("fedmoe has all that it needs here.", "green"))

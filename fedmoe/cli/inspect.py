@@ -20,7 +20,7 @@ from torch import Tensor
 from fedmoe.checkpoint import DamagedCheckpointError, load_checkpoint
 from fedmoe.cli.standing import AnyState
 from fedmoe.cli.trouble import CommandError
-from fedmoe.cli.words import console, plural, size, write_json
+from fedmoe.cli.words import console, plain_table, plural, size, write_json
 from fedmoe.report.log import Run, read_run
 from fedmoe.report.usage import LAST_ROUNDS, activations_by_layer, counting_rounds, held_at_end
 from fedmoe.state import state_hash
@@ -262,23 +262,17 @@ def _show(out: Console, view: CheckpointView, run: Run | None) -> None:
     for model in view.models:
         if model.experts:
             out.print()
-            out.print(_expert_table(model, len(view.models) > 1))
+            if len(view.models) > 1:
+                out.print(Text(model.name, "bold"))
+            out.print(_expert_table(model))
     if any(e.activations is not None for m in view.models for e in m.experts):
         out.print()
         text = f"· activations: tokens that ran the expert in the last {LAST_ROUNDS} rounds, "
         out.print(Text(text + "all clients", "dim"))
 
 
-def _expert_table(model: ModelView, named: bool) -> Table:
-    table = Table(
-        title=model.name if named else None,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        header_style="dim",
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-    )
+def _expert_table(model: ModelView) -> Table:
+    table = plain_table()
     for head in ("layer", "expert", "size"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("hash", no_wrap=True)

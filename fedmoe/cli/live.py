@@ -37,11 +37,9 @@ class Pace:
         return now - self.started.get(run.folder, now)
 
     def round_s(self, folder: Path) -> float | None:
-        """Seconds of one round; None before one was seen to end."""
+        """Seconds of one round; None before two were seen to end."""
         ends = self.ends.get(folder, [])
-        # The first end counts from the start of a process, so it only serves while it is alone.
-        known = ends[1:] if len(ends) > 2 else ends
-        known = known[-WINDOW - 1 :]
+        known = ends[1:][-WINDOW - 1 :]  # the time before the first end is also that of starting
         if len(known) < 2:
             return None
         return (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])
@@ -136,18 +134,18 @@ class Display:
         table = Table.grid(padding=(0, 2, 0, 0), expand=True)
         table.add_column(no_wrap=True)
         table.add_column(ratio=1)
-        for _ in range(4):
-            table.add_column(justify="right", no_wrap=True)
+        for width in (0, 6, 8, 9):  # kept free, so that bars do not jump
+            table.add_column(justify="right", no_wrap=True, min_width=width)
         for run in working:
             left = self.pace.left_s(run, now)
             shown = min(run.rounds_done, run.spec.rounds)
             table.add_row(
                 Text("  " + _name(run, progress), "bold"),
-                ProgressBar(total=_rounds(run), completed=run.rounds_done),
+                ProgressBar(_rounds(run), run.rounds_done, complete_style="cyan"),
                 f"{shown}/{run.spec.rounds}",
                 _percent(run.accuracy),
                 size(run.bytes_moved),
-                Text(f"{duration(left)} left" if left is not None else "starting", "cyan"),
+                Text(f"{duration(left)} left" if left is not None else "…", "cyan"),
             )
         return Group(table, Text("  " + self._summary(progress, working, now), "dim"))
 

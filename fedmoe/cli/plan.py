@@ -1,13 +1,21 @@
 """What a run will cost, before it starts: for each client, and for each method as a whole."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from rich.table import Table
 from rich.text import Text
 
 from fedmoe.cli.making import check, methods_of, rounds_of
-from fedmoe.cli.words import console, duration, nothing_on_stdout, plural, size, write_json
+from fedmoe.cli.words import (
+    console,
+    duration,
+    nothing_on_stdout,
+    plain_table,
+    plural,
+    size,
+    write_json,
+)
 from fedmoe.device import pick_device
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.planning import ClientPlan, plan_clients
@@ -60,9 +68,12 @@ def plan_command(
         return
     out = console()
     out.print()
+    out.print(Text(f"{chosen.name}, {chosen.method}: each client, each round", "bold"))
     out.print(_client_table(chosen, own))
     out.print()
-    out.print(_total_table(totals, rounds, where))
+    title = f"A whole run of {plural(rounds, 'round')}, clients after one another on {where}"
+    out.print(Text(title, "bold"))
+    out.print(_total_table(totals))
     out.print()
     for text in _notes(chosen, totals):
         out.print(Text(f"· {text}", "dim"))
@@ -91,21 +102,19 @@ def _over(plan: ClientPlan) -> bool:
 
 def _client_table(experiment: Experiment, plans: Sequence[ClientPlan]) -> Table:
     sizes = layer_sizes_of(experiment)
-    table = _table(f"{experiment.name}, {experiment.method}: what each client needs in a round")
+    table = plain_table(1)
     grouped = any(p.group is not None for p in plans)
-    table.add_column("\nclients", no_wrap=True)
+    table.add_column("clients", min_width=len("clients"))  # the one that may wrap
     if grouped:
-        table.add_column("\ngroup", no_wrap=True)
-    heads = ("\nbudget", "fit per\nlayer", "experts\nheld", "para-\nmeters", "peak in\ntraining")
-    for head in (*heads, "\ndown", "\nup", "\ntime"):
+        table.add_column("group", no_wrap=True)
+    for head in ("budget", "fits", "holds", "params", "peak", "down", "up", "time"):
         table.add_column(head, justify="right", no_wrap=True)
-    for same, numbers in _alike(plans).items():
-        p = same
+    for p, numbers in _alike(plans):
         table.add_row(
             _numbers(numbers),
             *([p.group or "-"] if grouped else []),
             "none" if p.memory_bytes is None else size(p.memory_bytes),
-            str(p.experts_per_layer),
+            str(p.experts_per_layer * len(sizes)),
             f"{p.experts_held}/{sum(sizes)}",
             Text(size(p.parameter_bytes), "yellow" if _over(p) else ""),
             size(p.training_bytes),
@@ -116,13 +125,13 @@ def _client_table(experiment: Experiment, plans: Sequence[ClientPlan]) -> Table:
     return table
 
 
-def _alike(plans: Sequence[ClientPlan]) -> Mapping[ClientPlan, list[int]]:
-    """Clients that need the same, by what they need."""
+def _alike(plans: Sequence[ClientPlan]) -> list[tuple[ClientPlan, list[int]]]:
+    """Clients that need the same, told once with all their numbers."""
     alike: dict[tuple[object, ...], tuple[ClientPlan, list[int]]] = {}
     for p in plans:
         key = (p.group, p.memory_bytes, p.experts_held, p.bytes_down, f"{p.seconds:.2g}")
         alike.setdefault(key, (p, []))[1].append(p.client)
-    return dict(alike.values())
+    return list(alike.values())
 
 
 def _numbers(clients: Sequence[int]) -> str:
@@ -131,10 +140,8 @@ def _numbers(clients: Sequence[int]) -> str:
     return f"{len(clients)} from {clients[0]} to {clients[-1]}"
 
 
-def _total_table(totals: Sequence[Total], rounds: int, device: str) -> Table:
-    table = _table(
-        f"a whole run of {plural(rounds, 'round')}, one client after another on {device}"
-    )
+def _total_table(totals: Sequence[Total]) -> Table:
+    table = plain_table()
     table.add_column("method", no_wrap=True, style="bold")
     for head in ("traffic", "about", "peak of a client", "over budget"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -148,22 +155,10 @@ def _total_table(totals: Sequence[Total], rounds: int, device: str) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        header_style="dim",
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
-    )
-
-
 def _notes(experiment: Experiment, totals: Sequence[Total]) -> list[str]:
     notes = [
-        "A budget is for parameters; the peak is measured while one batch trains, and counts "
-        "gradients and activations too. Times come from a few batches on this machine.",
+        "fits: experts that the budget for parameters holds; peak: measured while one batch "
+        "trains, gradients and activations included; time: from a few batches on this machine.",
         "Where experts are chosen on the way, every client is taken to fill its budget, and "
         "rounds of exploring to be like the others.",
     ]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 PIPE_COLUMNS = 120  # a file has no width of its own
@@ -35,7 +36,9 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0.3 s, 41 s, 2:05 (minutes), 1:02:05 (hours)."""
+    """20 ms, 0.3 s, 41 s, 2:05 (minutes), 1:02:05 (hours)."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -45,6 +48,11 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}:{rest:02d}"
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def plain_table(padding: int = 2) -> Table:
+    """Columns without lines between them, as all tables here."""
+    return Table(box=None, header_style="dim", padding=(0, padding, 0, 0), pad_edge=False)
 
 
 def plural(count: int, noun: str) -> str:

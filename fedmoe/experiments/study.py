@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-from fedmoe.device import pick_device
+from fedmoe.device import keep_freed_memory, pick_device
 from fedmoe.experiments.run import Spec, run_experiment
 from fedmoe.experiments.table import make_experiment
 from fedmoe.report.log import read_run
@@ -159,6 +159,7 @@ def _one_thread() -> None:
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

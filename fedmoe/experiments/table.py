@@ -50,8 +50,8 @@ def find_experiment(target: str) -> Make:
         return EXPERIMENTS[target]
     if ":" not in target:
         raise UnknownNameError(
-            f"no experiment is called {target!r}; {_nearest(target, EXPERIMENTS)}; your own is "
-            f"named module:function"
+            f"no experiment is called {target!r}; {_nearest(target, EXPERIMENTS)} "
+            f"(your own is named module:function)"
         )
     module_name, _, function_name = target.partition(":")
     if os.getcwd() not in sys.path:

@@ -135,6 +135,11 @@ def _unfinished(rows: Sequence[Row]) -> list[Note]:
         for r in rows
         if r.get("rounds_done") is not None and r["rounds_done"] < r["rounds"]
     ]
+    short += [
+        f"{r['method']} seed {r['seed']}: no closing evaluation"
+        for r in rows
+        if r.get("closed") is False and r["rounds_done"] >= r["rounds"]
+    ]
     if short:
         return [Note(f"Not all rounds are done ({'; '.join(short)}).", refuses=True)]
     if len({r["rounds"] for r in rows}) > 1:

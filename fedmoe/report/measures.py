@@ -155,8 +155,8 @@ def client_memory_bytes(run: Run) -> int | None:
     return max((n for r in run.rounds for n in r.memory_bytes.values()), default=None)
 
 
-def able_share(run: Run) -> float:
-    """Share of the clients that were never refused."""
+def accepted_share(run: Run) -> float:
+    """Share of the clients whose every update was taken."""
     refused = {f.client for r in run.rounds for f in r.refused}
     return 1.0 - len(refused) / max(1, len(run.info.clients))
 
@@ -198,6 +198,7 @@ def result_row(run: Run, protocol: str) -> Row:
         "num_classes": run.info.num_classes,
         "num_experts_L": list(run.info.num_experts_L),
         "rounds_done": sum(r.phase != "final" for r in run.rounds),
+        "closed": any(r.phase == "final" for r in run.rounds),
         "clients_evaluated": len(final.chosen) if final else 0,
         "accuracy_received_mean": _mean(final.received) if final else None,
         "accuracy_trained_mean": _mean(final.trained) if final else None,
@@ -216,7 +217,7 @@ def result_row(run: Run, protocol: str) -> Row:
         "experts_held_max": max(held) if held else None,
         "failures": sum(len(r.failed) for r in run.rounds),
         "refusals": sum(len(r.refused) for r in run.rounds),
-        "able_share": able_share(run),
+        "accepted_share": accepted_share(run),
     }
 
 

@@ -237,7 +237,8 @@ def _timeline(runs: Mapping[str, Run]) -> Panel:
         subtitle="Number of experts that each client holds, round by round",
         how_to_read="A row is a client, read from left to right. The shade says how many experts "
         "it holds; a mark says that this round added or dropped some, took the last change back "
-        "(reverted), or froze the choice for good. Clients that explore hold every expert.",
+        "(reverted), or froze the choice for good. A client that explores holds every "
+        "expert, or none while it only scouts.",
         key="held",
         scale_end=str(max(sum(run.info.num_experts_L) for run in runs.values())),
         selectors=(Selector("Method", list(runs)),),

@@ -49,6 +49,7 @@ def test_a_fair_comparison_needs_no_words() -> None:
         ({"partition_hash": "elsewhere"}, "partitioned differently for the same seed (0)"),
         ({"num_experts_L": [32]}, "different pools of experts (a [16]; b [32])"),
         ({"rounds_exploring": 2}, "One-off bytes of exploring are missing (b)"),
+        ({"closed": False}, "Not all rounds are done (b seed 0: no closing evaluation;"),
         ({"rounds_done": 4}, "Not all rounds are done (b seed 0: 4 of 10;"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from fedmoe.report.log import ClientAccuracy, RoundRecord, Run, RunInfo
 from fedmoe.report.measures import (
-    able_share,
+    accepted_share,
     aggregate_rows,
     best_evaluation,
     bytes_to_accuracy,
@@ -172,7 +172,7 @@ def test_a_row_of_results_has_the_promised_keys_and_values(run: Run) -> None:
     assert (row["bytes_once"], row["rounds_exploring"]) == (80, 1)
     assert row["client_memory_bytes"] == client_memory_bytes(run) == 90
     assert (row["seconds"], row["rounds_done"], row["refusals"]) == (3.0, 2, 1)
-    assert able_share(run) == 0.5
+    assert accepted_share(run) == 0.5
 
 
 def test_a_run_that_measured_nothing_has_a_row_without_values(

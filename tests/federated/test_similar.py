@@ -1,0 +1,169 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmoe.federated.similar import advice, balanced_demand, neighbours, similarity, smoothed
+
+# Three clients, one layer of three experts. Dot products: 0-1 is 0.5*0.6 + 0.5*0.4 = 0.5,
+# 0-2 is 0.5*0.2 = 0.1, 1-2 is 0.4*0.2 = 0.08; squared norms are 0.5, 0.52 and 0.68.
+P_KLE = torch.tensor([[[0.5, 0.5, 0.0]], [[0.6, 0.4, 0.0]], [[0.0, 0.2, 0.8]]]).double()
+SIM_01 = 0.5 / math.sqrt(0.5 * 0.52)
+SIM_02 = 0.1 / math.sqrt(0.5 * 0.68)
+SIM_12 = 0.08 / math.sqrt(0.52 * 0.68)
+
+
+def close(a, b, atol=1e-12):
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=torch.float64), rtol=0, atol=atol)
+
+
+def test_similarity_worked_by_hand():
+    wanted = [[1, SIM_01, SIM_02], [SIM_01, 1, SIM_12], [SIM_02, SIM_12, 1]]
+    close(similarity(P_KLE), wanted)
+
+
+def test_similarity_is_over_all_layers_together():
+    # Alike in the first layer, opposed in the second: (1*1 + 0*1) / (sqrt(2) * sqrt(2)).
+    p_KLE = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    close(similarity(p_KLE), [[1, 0.5], [0.5, 1]])
+
+
+def test_centred_similarity_tells_apart_what_the_plain_one_does_not():
+    p_KLE = torch.tensor([[[0.26, 0.24]], [[0.25, 0.25]], [[0.24, 0.26]]])
+    assert similarity(p_KLE).min() > 0.99
+    centred_KK = similarity(p_KLE, centred=True)
+    close(centred_KK[0, 2], -1.0, atol=1e-6)
+    close(centred_KK[1], [0.0, 0.0, 0.0], atol=1e-6)  # the mean client is like nobody
+
+
+def test_a_client_without_activations_is_similar_to_none():
+    p_KLE = torch.cat([P_KLE, torch.zeros(1, 1, 3)])
+    close(similarity(p_KLE)[3], [0.0, 0.0, 0.0, 0.0])
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_similarity_is_symmetric_and_at_most_1(rows):
+    sim_KK = similarity(torch.tensor(rows, dtype=torch.float64).reshape(-1, 2, 2))
+    assert torch.equal(sim_KK, sim_KK.T)
+    assert sim_KK.max() <= 1 + 1e-12 and sim_KK.min() >= 0
+
+
+def test_neighbours_are_the_most_similar_without_oneself():
+    sim_KK = similarity(P_KLE)
+    assert neighbours(sim_KK, 0, 1, range(3)) == [1]
+    assert neighbours(sim_KK, 2, 2, range(3)) == [0, 1]  # 0.171 before 0.135
+    assert neighbours(sim_KK, 0, 5, range(3)) == [1, 2]
+    assert neighbours(sim_KK, 0, 2, [0, 2]) == [2]
+    assert neighbours(sim_KK, 0, 2, []) == []
+
+
+def test_equally_similar_neighbours_come_in_order_of_position():
+    assert neighbours(torch.ones(5, 5), 2, 3, [4, 3, 2, 1, 0]) == [0, 1, 3]
+
+
+def test_advice_worked_by_hand():
+    told_LE = advice(P_KLE, similarity(P_KLE), 0, [1, 2])
+    total = SIM_01 + SIM_02
+    close(told_LE, [[0.6 * SIM_01 / total, (0.4 * SIM_01 + 0.2 * SIM_02) / total,
+                     0.8 * SIM_02 / total]])
+
+
+def test_advice_weighs_by_data_too_where_asked():
+    told_LE = advice(P_KLE, similarity(P_KLE), 0, [1, 2], torch.tensor([99, 1, 10]))
+    total = SIM_01 + 10 * SIM_02
+    close(told_LE[0, 0], 0.6 * SIM_01 / total)
+
+
+def test_without_a_similar_client_there_is_no_advice():
+    sim_KK = similarity(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+    assert advice(torch.zeros(2, 1, 2), sim_KK, 0, [1]) is None
+    assert advice(torch.zeros(2, 1, 2), sim_KK, 0, []) is None
+
+
+def test_an_opposed_client_is_not_listened_to():
+    p_KLE = torch.tensor([[[1.0, 0.0]], [[0.8, 0.2]], [[0.0, 1.0]]])
+    sim_KK = torch.tensor([[1.0, 0.5, -0.9], [0.5, 1.0, 0.0], [-0.9, 0.0, 1.0]]).double()
+    close(advice(p_KLE, sim_KK, 0, [1, 2]), [[0.8, 0.2]], atol=1e-6)
+
+
+def test_smoothed_shares_worked_by_hand():
+    out_KLE = smoothed(P_KLE, similarity(P_KLE), 1)
+    close(out_KLE[0, 0, 0], (0.5 + 0.6 * SIM_01) / (1 + SIM_01))
+    close(out_KLE[1, 0, 0], (0.6 + 0.5 * SIM_01) / (1 + SIM_01))
+    close(out_KLE[2, 0, 2], 0.8 / (1 + SIM_02))  # client 0 is nearer than client 1
+
+
+def test_smoothing_leaves_a_client_without_neighbours_as_it_is():
+    p_KLE = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]).double()
+    close(smoothed(p_KLE, similarity(p_KLE), 3), p_KLE)
+    nobody_KLE = torch.zeros(2, 1, 2)
+    close(smoothed(nobody_KLE, similarity(nobody_KLE), 3), nobody_KLE)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 8), st.integers(1, 3), st.integers(2, 6))
+def test_balanced_demand_asks_for_every_expert_alike_and_for_each_clients_room(
+    seed, num_clients, num_layers, num_experts
+):
+    generator = torch.Generator().manual_seed(seed)
+    p_KLE = torch.rand(num_clients, num_layers, num_experts, generator=generator).softmax(-1)
+    room_K = torch.randint(1, 5, (num_clients,), generator=generator)
+    demand_KLE = balanced_demand(p_KLE, room_K, sharpness=2.0)
+    close(demand_KLE.sum(-1), torch.ones(num_clients, num_layers))
+    # What each client asks for, in experts: its shares times its room.
+    asked_LE = (demand_KLE * room_K[:, None, None]).sum(0)
+    even_LE = torch.full_like(asked_LE, int(room_K.sum()) / num_experts)
+    close(asked_LE, even_LE, atol=1e-3)
+
+
+def test_balanced_demand_of_two_opposed_clients_worked_by_hand():
+    # Standard scores are +1 and -1, so with sharpness s the table is exp(s), exp(-s) both ways,
+    # already balanced: shares are sigmoid(2 s).
+    p_KLE = torch.tensor([[[0.6, 0.4]], [[0.4, 0.6]]])
+    high = 1 / (1 + math.exp(-3.0))
+    close(
+        balanced_demand(p_KLE, torch.tensor([1, 1]), 1.5),
+        [[[high, 1 - high]], [[1 - high, high]]],
+        atol=1e-6,
+    )
+
+
+def test_preferences_that_do_not_conflict_are_kept():
+    generator = torch.Generator().manual_seed(0)
+    p_KLE = torch.rand(4, 2, 4, generator=generator) * 0.1
+    favourite = [[0, 3], [1, 2], [2, 1], [3, 0]]  # another expert for each client, in both layers
+    for k, experts in enumerate(favourite):
+        for layer, e in enumerate(experts):
+            p_KLE[k, layer, e] += 1.0
+    demand_KLE = balanced_demand(p_KLE, torch.ones(4), 2.0)
+    assert demand_KLE.argmax(-1).tolist() == favourite
+
+
+def test_where_all_like_the_same_expert_it_goes_to_who_likes_it_most():
+    p_KLE = torch.tensor([[[0.9, 0.1]], [[0.6, 0.4]]])
+    assert balanced_demand(p_KLE, torch.ones(2), 2.0).argmax(-1).tolist() == [[0], [1]]
+
+
+def test_experts_that_do_not_exist_stay_at_0_and_the_others_are_balanced():
+    p_KLE = torch.tensor([[[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]], [[0.5, 0.5, 0.0], [0.3, 0.3, 0.4]]])
+    demand_KLE = balanced_demand(p_KLE, torch.tensor([1, 2]), 2.0)
+    assert not demand_KLE[:, 0, 2].any()
+    assert demand_KLE.isfinite().all()
+    close((demand_KLE * torch.tensor([1, 2])[:, None, None]).sum(0),
+          [[1.5, 1.5, 0.0], [1.0, 1.0, 1.0]], atol=1e-3)
+
+
+def test_clients_without_a_preference_ask_for_all_experts_alike():
+    close(balanced_demand(torch.full((3, 1, 4), 0.25), torch.ones(3), 2.0), torch.full((3, 1, 4), 0.25))
+
+
+@pytest.mark.parametrize("sharpness", [0.0, -1.0, math.nan])
+def test_a_sharpness_that_is_not_above_0_is_refused(sharpness):
+    with pytest.raises(ValueError, match="sharpness must be above 0, got"):
+        balanced_demand(P_KLE, torch.ones(3), sharpness)
+
+
+def test_a_client_without_room_is_refused():
+    with pytest.raises(ValueError, match="room_K must be at least 1 .* got \\[1, 0, 2\\]"):
+        balanced_demand(P_KLE, torch.tensor([1, 0, 2]), 1.0)
