@@ -15,12 +15,12 @@ from fedmoe.cli.trouble import explained
 
 EXAMPLES = """\b
 Examples:
-  fedmoe run demo                          train, compare, write a report
+  fedmoe run demo                         train, compare, write a report
   fedmoe run domains --method fedmoe --method fedavg --seed 0 --seed 1
-  fedmoe run my_module:my_experiment       a function of your own
-  fedmoe resume runs/demo                  go on after a kill, with the same bits
-  fedmoe plan domains                      memory, bytes and time, told beforehand
-  fedmoe inspect runs/demo/fedmoe-seed0    experts, and who holds them
+  fedmoe run my_module:my_experiment      a function of your own
+  fedmoe resume runs/demo                 go on after a kill, with the same bits
+  fedmoe plan domains                     memory, bytes and time, beforehand
+  fedmoe inspect runs/demo/fedmoe-seed0   experts, and who holds them
 
 \b
 Exit codes: 0 done, 1 something ran and failed, 2 bad usage or input.

@@ -24,8 +24,17 @@ from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.memory import peak_bytes
 from fedmoe.federated.local import accuracy
 from fedmoe.federated.rounds import RoundReport, run_rounds
+from fedmoe.federated.select import experts_that_fit
 from fedmoe.report.log import ClientAccuracy, ClientEntry, RoundRecord, RunInfo, RunLog
-from fedmoe.state import layer_sizes, load_state, nothing, other_than, split_state, take_names
+from fedmoe.state import (
+    layer_sizes,
+    load_state,
+    moe_layers,
+    nothing,
+    other_than,
+    split_state,
+    take_names,
+)
 from fedmoe.types import Assignment, MoEState, SubMoE
 from fedmoe.wire.messages import message_bytes, model_bytes, model_tensors
 
@@ -79,6 +88,7 @@ def run_experiment(
         ValueError: `resume` is asked for, and the folder holds a run of another experiment.
     """
     model = split_state(experiment.factory())
+    check_budgets(experiment, model)
     state = experiment.strategy.init(model, experiment.clients)
     first = 0
     if resume and (folder / "run.json").exists():
@@ -132,6 +142,27 @@ def run_experiment(
         after_round=after_round,
     )
     return content_hash(end)
+
+
+def check_budgets(experiment: Experiment, model: MoEState) -> None:
+    """Before anything is written: every client must be able to take part.
+
+    Raises:
+        ValueError: a client's memory holds no expert in some layer, or fewer than a gate's k.
+    """
+    with torch.device("meta"):
+        layers = moe_layers(experiment.factory())
+    k = max((getattr(moe.gate, "k", 1) for _, moe in layers), default=0)
+    for c in experiment.clients:
+        try:
+            count = experts_that_fit(model, c.memory_bytes)
+        except ValueError as why:
+            raise ValueError(f"client {c.id}: {why}") from why
+        if count < k:
+            raise ValueError(
+                f"client {c.id}: memory_bytes must hold the gate's k = {k} experts per MoE layer, "
+                f"got {c.memory_bytes}, which hold {count}; give it more memory, or lower k"
+            )
 
 
 def without(assignment: Assignment, personal: Callable[[str], bool]) -> Assignment:

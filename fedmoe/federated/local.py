@@ -159,6 +159,7 @@ def work(
         profile = profile_data(model, data.train, device)
         return ClientUpdate(client, num_examples, MoEState({}, {}), profile, {}), personal
 
+    check_k(model)
     metrics: dict[str, float] = {}
     if assignment.evaluate:
         metrics["received_validation"] = accuracy(model, data.validation, device)
@@ -210,6 +211,17 @@ def own_rows(
     if personal is not None:
         whole = overlay(whole, personal)
     return take_names(MoEState({}, rows_of(whole, experts)), test)
+
+
+def check_k(model: nn.Module) -> None:
+    """Raise ValueError where a gate wants more experts for a token than the layer holds."""
+    for layer, (_, moe) in enumerate(moe_layers(model)):
+        k = getattr(moe.gate, "k", 1)
+        if k > len(moe.held):
+            raise ValueError(
+                f"k must be at most the {len(moe.held)} expert(s) held in layer {layer}, got {k}; "
+                f"give the client at least {k} experts per layer, or lower the gate's k"
+            )
 
 
 def train(

@@ -34,7 +34,7 @@ numbers as strings. Readers ignore fields that they do not know; every field bel
                   to be explored
     clients       [ids that took part]
     failed        [{"client", "reason"}, ...] were asked and did not deliver
-    refused       [{"client", "reason"}, ...] sent an update that was not taken: malformed, not finite ...
+    refused       [{"client", "reason"}, ...] sent an update that was not taken, e.g. not finite
     loss          mean training loss; null where nobody trained or it was not finite
     held          {"0": [[0, 2, 5], [1]], ...} client -> for each layer the experts it held
     count         {"0": [[90, 0, 31, ...], ...], ...} client -> for each layer the tokens that ran

@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.experiments.tiny import tiny
 
 from fedmoe.experiments.memory import peak_bytes
 from fedmoe.experiments.planning import plan_clients
 from fedmoe.state import parameter_bytes, split_state
 from fedmoe.types import Assignment, ExpertId
 from fedmoe.wire.messages import encode_assignment
+from tests.experiments.tiny import tiny
 
 
 def some(numbers):
