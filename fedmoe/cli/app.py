@@ -18,7 +18,7 @@ Examples:
   fedmoe run demo                         train, compare, write a report
   fedmoe run domains --method fedmoe --method fedavg --seed 0 --seed 1
   fedmoe run my_module:my_experiment      a function of your own
-  fedmoe resume runs/demo                 go on after a kill, with the same bits
+  fedmoe resume runs/demo                 go on after a kill, same bits
   fedmoe plan domains                     memory, bytes and time, beforehand
   fedmoe inspect runs/demo/fedmoe-seed0   experts, and who holds them
 
@@ -139,9 +139,11 @@ def run(
 ) -> None:
     """Run an experiment and compare its methods.
 
-    NAME is demo, domains, domains-devices, published-dirichlet, published-pathological,
-    published-fifth-dirichlet, published-fifth-pathological, or a function of your own as
-    module:function. At the end come a table and report.html.
+    \b
+    NAME is demo, domains, domains-devices, published-dirichlet,
+    published-pathological, published-fifth-dirichlet,
+    published-fifth-pathological, or a function of your own, module:function.
+    At the end come a table and report.html.
 
     Runs that the folder holds already are not run again if they are finished, and go on if
     not. Ctrl-C loses at most the round that each run is in.

@@ -1,16 +1,29 @@
 """Experiments by the name that was typed, made and checked before anything is written."""
 
 import inspect
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedmoe.cli.trouble import BAD_INPUT_ERRORS, VARIABLE, CommandError, reason
+from fedmoe.device import pick_device
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.table import default_rounds, find_experiment, pick_method
 from fedmoe.state import split_state
 
 LEAST_FREE_BYTES = 100 * 2**20
+
+
+def device_of(wanted: str | None) -> str:
+    """Where to train: what was asked for, else a GPU if there is one, else the CPU.
+
+    Raises:
+        CommandError: it is no device that this machine has.
+    """
+    if wanted is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+        raise CommandError(f"--device must be cpu, cuda or cuda:NUMBER, got {wanted!r}")
+    return str(pick_device(wanted))
 
 
 def rounds_of(name: str, rounds: int | None) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 from rich.text import Text
 
-from fedmoe.cli.making import check, methods_of, rounds_of
+from fedmoe.cli.making import check, device_of, methods_of, rounds_of
 from fedmoe.cli.words import (
     console,
     duration,
@@ -16,7 +16,6 @@ from fedmoe.cli.words import (
     size,
     write_json,
 )
-from fedmoe.device import pick_device
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.planning import ClientPlan, plan_clients
 from fedmoe.experiments.run import layer_sizes_of
@@ -42,7 +41,7 @@ def plan_command(
 ) -> None:
     """Raises CommandError: the experiment cannot be made, or a client's budget is too small."""
     with nothing_on_stdout(json):
-        where = str(pick_device(device))
+        where = device_of(device)
         rounds = rounds_of(name, rounds)
         methods = methods_of(name, seed, rounds)
         chosen = pick_method(methods, method or next(iter(methods)), name)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedmoe.cli.compare import show, write_page
 from fedmoe.cli.live import Display
-from fedmoe.cli.making import check_place, methods_of, rounds_of
+from fedmoe.cli.making import check_place, device_of, methods_of, rounds_of
 from fedmoe.cli.standing import Job, Standing, check_root, run_folders, standing_of
 from fedmoe.cli.trouble import FAILED, INTERRUPTED, CommandError
 from fedmoe.cli.words import (
@@ -24,7 +24,6 @@ from fedmoe.cli.words import (
     plural,
     write_json,
 )
-from fedmoe.device import pick_device
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.run import Spec
 from fedmoe.experiments.study import (
@@ -79,7 +78,7 @@ def run_command(
 ) -> None:
     """Raises CommandError where nothing could be run, and where something was and failed."""
     with nothing_on_stdout(manner.json):
-        device = str(pick_device(manner.device))
+        device = device_of(manner.device)
         rounds = rounds_of(name, rounds)
         root = out or Path("runs") / name.replace(":", ".")
         check_place(root)
@@ -105,7 +104,7 @@ def run_command(
 def resume_command(folder: Path, manner: Manner) -> None:
     """Raises CommandError where nothing could be run, and where something was and failed."""
     with nothing_on_stdout(manner.json):
-        device = str(pick_device(manner.device))
+        device = device_of(manner.device)
         jobs = [(Spec.read(f), f) for f in run_folders(folder)]
         made: dict[tuple[str, int, int], Mapping[str, Experiment]] = {}
         standings = []

@@ -3,7 +3,8 @@
 Sums of floating-point numbers depend on their order, and updates arrive in any order. So terms
 are put on a grid of whole multiples of 2**-GRID_BITS and added as 64-bit integers: the sum is the
 same bit for bit whatever the order, in one process or in many. A mean is off by at most
-2**-(GRID_BITS + 1) over the mean weight: 1e-11 for clients of 200 examples.
+2**-(GRID_BITS + 1) over the mean weight: 1e-11 for clients of 200 examples. Whole numbers, such as
+a counter of batches, are their own grid.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from torch import Tensor
 from fedmoe.types import ActivationProfile, ClientUpdate, ExpertId, MoEState, State
 
 GRID_BITS = 28
-LIMIT = 2.0 ** (62 - GRID_BITS)  # of a sum of weight times |value|
+LIMIT = 2.0 ** (62 - GRID_BITS)  # of a sum of reaches: so that 64 bits hold it
 UPDATE_LIMIT = LIMIT / 1024  # of one update, so that a thousand of the largest can be summed
 
 
@@ -42,7 +43,7 @@ class _Sum:
         if self.alone is not None:
             return self.alone
         assert self.total is not None
-        value = self.total.double() / self.weight / 2.0**GRID_BITS
+        value = self.total.double() / self.weight / _steps(dtype)
         return (value if dtype.is_floating_point else value.round()).to(dtype)
 
 
@@ -66,7 +67,7 @@ class Mean:
         if weight < 1:
             raise ValueError(f"weight must be at least 1, got {weight}")
         reach = {
-            n: self._sums.get(n, _Sum()).reach + weight * largest(t) for n, t in state.items()
+            n: self._sums.get(n, _Sum()).reach + reach_of(t, weight) for n, t in state.items()
         }
         for name, bound in reach.items():
             if not bound < LIMIT:  # so that NaN is refused too
@@ -126,13 +127,20 @@ def tokens_of(profile: ActivationProfile, expert: ExpertId) -> int:
     return int(profile.count_LE[expert.layer, expert.expert])
 
 
-def largest(value: Tensor) -> float:
-    """The largest magnitude, NaN if there is one; 0 of nothing."""
+def reach_of(value: Tensor, weight: int) -> float:
+    """Weight times the largest magnitude, NaN if there is one; 2**-GRID_BITS of it where whole."""
+    steps = _steps(value.dtype)
     if not value.is_floating_point():
         value = value.double()  # bool has no magnitude, and that of the least integer overflows
-    return float(value.detach().abs().max()) if value.numel() else 0.0
+    magnitude = float(value.detach().abs().max()) if value.numel() else 0.0
+    return weight * magnitude * steps / 2.0**GRID_BITS
 
 
 def _on_grid(value: Tensor, weight: int) -> Tensor:
     # A product, not in place: a float64 value would be the client's own.
-    return (value.to(torch.float64) * (weight * 2.0**GRID_BITS)).round_().long()
+    return (value.to(torch.float64) * (weight * _steps(value.dtype))).round_().long()
+
+
+def _steps(dtype: torch.dtype) -> float:
+    """Of the grid, between two whole numbers."""
+    return 2.0**GRID_BITS if dtype.is_floating_point else 1.0

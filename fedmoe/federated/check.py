@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fedmoe.federated.average import UPDATE_LIMIT, largest, tokens_of
+from fedmoe.federated.average import UPDATE_LIMIT, reach_of, tokens_of
 from fedmoe.types import (
     ActivationProfile,
     Assignment,
@@ -119,13 +119,13 @@ def _value_problem(value: Tensor, wanted: Tensor, weight: int) -> str | None:
         return f"must have shape {tuple(wanted.shape)}, got {tuple(value.shape)}"
     if value.dtype != wanted.dtype:
         return f"must be {wanted.dtype}, got {value.dtype}"
-    magnitude = largest(value)
-    if not math.isfinite(magnitude):
+    reach = reach_of(value, weight)
+    if not math.isfinite(reach):
         return "must be finite, but holds NaN or infinity"
-    if magnitude * weight >= UPDATE_LIMIT:
+    if reach >= UPDATE_LIMIT:
         return (
-            f"times its weight of {weight} must stay below {UPDATE_LIMIT:.0f}, "
-            f"got a value of {magnitude:.3g}"
+            f"times its weight must stay below {UPDATE_LIMIT:.0f}, got {reach:.3g} "
+            f"for a weight of {weight}"
         )
     return None
 

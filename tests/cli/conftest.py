@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,12 +216,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 @pytest.fixture
-def inside(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def inside(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder as current directory, from which `lab:tiny` can be named."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(lab.folder)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    yield tmp_path
+    return tmp_path
 
 
 Call = Callable[..., Result]

@@ -36,7 +36,7 @@ def test_the_help_of_a_command_has_no_markup_left_and_fits_80_columns(fedmoe, co
 
 def test_the_help_of_run_names_every_experiment(fedmoe):
     text = " ".join(fedmoe("run", "--help").stdout.split())
-    assert [name for name in EXPERIMENTS if f" {name}," not in text] == []
+    assert [name for name in EXPERIMENTS if f" {name}," not in text.replace(".", ",")] == []
 
 
 def test_the_version_is_the_package_s(fedmoe):
@@ -68,7 +68,7 @@ def test_help_loads_neither_torch_nor_plotly_nor_flower():
         (["run", "lab:tiny", "--rounds", "0"], ["--rounds", "0 is not in the range"]),
         (["run", "lab:tiny", "--seed", "-1"], ["--seed", "-1 is not in the range"]),
         (["run", "lab:tiny", "--workers", "0"], ["--workers", "0 is not in the range"]),
-        (["run", "lab:tiny", "--device", "cudda"], ["device"]),
+        (["run", "lab:tiny", "--device", "cudda"], ["--device must be cpu", "'cudda'"]),
         (["run", "lab:poor"], ["client 0", "memory_bytes must be at least", "got 1000"]),
         (["run", "lab:narrow"], ["k must be between 1 and the 4 experts, got 9"]),
         (["run", "lab:as_list"], ["must return a mapping", "list"]),
@@ -125,7 +125,8 @@ def test_a_fault_in_the_code_is_exit_code_1(fedmoe, inside, monkeypatch):
     monkeypatch.setattr("fedmoe.cli.compare.find_runs", fall_over)
     result = fedmoe("compare", ".")
     assert result.exit_code == 1
-    assert "AttributeError: no such thing" in result.stderr and "FEDMOE_TRACEBACK=1" in result.stderr
+    assert "AttributeError: no such thing" in result.stderr
+    assert "FEDMOE_TRACEBACK=1" in result.stderr
 
 
 def test_an_out_folder_that_is_a_file_is_refused(fedmoe, inside):

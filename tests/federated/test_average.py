@@ -11,7 +11,7 @@ from fedmoe.federated.average import (
     average_by_expert,
     by_examples,
     by_tokens,
-    largest,
+    reach_of,
     tokens_of,
 )
 from fedmoe.nn.vision import small_vit
@@ -266,12 +266,21 @@ def test_a_thousand_updates_of_the_largest_size_can_be_summed():
 
 def test_the_least_whole_number_has_a_magnitude_too():
     least = torch.iinfo(torch.int64).min
-    assert largest(torch.tensor([least])) == 2.0**63
-    assert largest(torch.tensor([False, True])) == 1.0
-    assert largest(torch.tensor([-3.0, 2.0])) == 3.0
-    assert largest(torch.zeros(0)) == 0.0
+    assert reach_of(torch.tensor([least]), 2) == 2.0 ** (64 - GRID_BITS)
+    assert reach_of(torch.tensor([False, True]), 3) == 3.0 / 2**GRID_BITS
+    assert reach_of(torch.tensor([-3.0, 2.0]), 2) == 6.0
+    assert reach_of(torch.zeros(0), 2) == 0.0
     with pytest.raises(ValueError, match="must stay below"):
         Mean().add({"v": torch.tensor([least])}, 1)
+
+
+def test_a_counter_may_grow_far_beyond_what_a_parameter_may():
+    steps, mean = torch.tensor(10**12), Mean()
+    assert reach_of(steps, 1000) < UPDATE_LIMIT
+    for more, weight in ((1, 999), (2, 1000), (4, 1)):
+        mean.add({"steps": steps + more}, weight)
+    # (1*999 + 2*1000 + 4) / 2000 = 1.5015
+    assert mean.result({"steps": steps})["steps"].item() == 10**12 + 2
 
 
 @pytest.mark.parametrize("weight", [0, -1])
