@@ -2,10 +2,11 @@
 
     python -m simulations.bench_layer --json [--full] [--default-allocator]
 
-One step is the layer's forward and backward pass, gate included. The floor is what no layer can
-beat: the six dense matrix products of a feed-forward expert (two forward, four backward) over as
-many rows as the tokens have experts, all by one and the same expert, in memory set aside before.
-All three take turns in one process with one thread; times are medians of CPU time.
+One step is the layer's forward and backward pass, gate included. The experts are two linear maps
+around a ReLU; without biases, except in the CNN's head, which has them. The floor is what no layer
+can beat: the six dense matrix products of such an expert (two forward, four backward) over as many
+rows as the tokens have experts, all by one and the same expert, in memory set aside before. All
+three take turns in one process with one thread; times are medians of CPU time.
 
 Shape suffixes: T tokens, D width, F hidden width, O output width, E experts, R rows.
 """
@@ -41,6 +42,7 @@ class Case:
     k: int
     tokens: int
     out: int | None = None
+    bias: bool = False
     by_default: bool = True
 
     @property
@@ -64,7 +66,7 @@ CASES = (
     Case(256, 1024, 16, 1, 64, by_default=False),
     Case(256, 1024, 16, 2, 512),
     Case(256, 1024, 4, 2, 4096, by_default=False),
-    Case(1024, 32, 16, 2, 64, out=10),  # the CNN's head in a client's step
+    Case(1024, 32, 16, 2, 64, out=10, bias=True),  # the CNN's head in a client's step
 )
 
 
@@ -142,7 +144,7 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def layer(case: Case) -> MoE:
-    experts = {e: FFN(case.dim, case.hidden, case.out) for e in range(case.experts)}
+    experts = {e: FFN(case.dim, case.hidden, case.out, bias=case.bias) for e in range(case.experts)}
     return MoE(TopKGate(case.dim, case.experts, case.k), experts, case.experts)
 
 

@@ -104,7 +104,7 @@ def main() -> None:
             if p.folder in new:
                 print(f"done {p.folder} accuracy as received {p.accuracy or 0:.4f}", flush=True)
 
-    end = run_study(jobs, options.workers, watch=watch, every_s=5.0)
+    end = run_study(jobs, options.workers, watch=watch, every_s=15.0)
     write_results(table)
     failed = [p for p in end if p.error]
     for p in failed:

@@ -29,7 +29,6 @@ from fedmoe.types import ExpertId, MoEState
 FOLDER_NAME = re.compile(r"round-(\d+)")
 SHORT = 12  # hex digits of a hash that are shown
 BAR = 10  # characters of the longest bar
-FEW_HOLDERS = 12  # clients that are listed by number
 
 
 @dataclass(frozen=True)
@@ -283,7 +282,7 @@ def _expert_table(model: ModelView) -> Table:
         table.add_column("", no_wrap=True)
     if held:
         table.add_column("held by", justify="right", no_wrap=True)
-        table.add_column("clients")
+        table.add_column("clients", no_wrap=True)  # cut where the terminal ends
     most = max((e.activations or 0 for e in model.experts), default=0)
     for e in model.experts:
         cells: list[str | Text] = [str(e.layer), str(e.expert), size(e.bytes), e.hash[:SHORT]]
@@ -293,8 +292,7 @@ def _expert_table(model: ModelView) -> Table:
             cells += [Text(f"{number:,}", "" if number else "yellow"), Text(bar, "cyan")]
         if held:
             own = e.holders or ()
-            names = " ".join(map(str, own[:FEW_HOLDERS]))
-            names += " …" if len(own) > FEW_HOLDERS else ""
+            names = " ".join(map(str, own))
             cells += [Text(str(len(own)), "" if own else "yellow"), Text(names, "dim")]
         table.add_row(*cells)
     return table

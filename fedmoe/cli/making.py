@@ -9,6 +9,7 @@ from pathlib import Path
 from fedmoe.cli.trouble import BAD_INPUT_ERRORS, VARIABLE, CommandError, reason
 from fedmoe.device import pick_device
 from fedmoe.experiments.experiment import Experiment
+from fedmoe.experiments.run import check_budgets
 from fedmoe.experiments.table import default_rounds, find_experiment, pick_method
 from fedmoe.state import split_state
 
@@ -79,6 +80,11 @@ def methods_of(
                 f"and seed {seed}, and its schedule has {experiment.schedule.rounds} rounds and "
                 f"seed {experiment.schedule.seed}"
             )
+        if experiment.method != method:
+            raise CommandError(
+                f"{name} must call each method alike, got {method!r} for one that calls itself "
+                f"{experiment.method!r}: dataclasses.replace(..., method={method!r}) mends it"
+            )
         if "/" in method or method.startswith("."):
             raise CommandError(f"{name}: a method's name becomes a folder's, got {method!r}")
     if not wanted:
@@ -94,6 +100,7 @@ def check(experiment: Experiment) -> None:
     """
     try:
         model = split_state(experiment.factory())
+        check_budgets(experiment, model)
         state = experiment.strategy.init(model, experiment.clients)
         experiment.strategy.assign(state, experiment.schedule.participants(0, experiment.clients))
     except BAD_INPUT_ERRORS as why:

@@ -62,6 +62,8 @@ class PersonalStore:
         known = sorted(self._rounds(client))
         for old in [r for r in known if r > round] + [r for r in known if r <= round][:-KEEP]:
             self._path(client, old).unlink(missing_ok=True)
+        for leftover in path.parent.glob("*.part"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
 
     def _path(self, client: int, round: int) -> Path:
         return self.folder / f"client-{client:06d}" / f"round-{round:06d}.safetensors"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -76,6 +76,7 @@ def run_study(
         if not (folder / "experiment.json").exists():
             spec.write(folder)
     errors: dict[Path, str] = {}
+    seen: Seen = {}
     if todo:
         context = get_context("spawn")  # torch's threads do not survive a fork
         pool = ProcessPoolExecutor(
@@ -85,7 +86,7 @@ def run_study(
             with _interrupts_later():
                 futures = {f: pool.submit(run_folder, f, device, complain) for _, f in todo}
             while not all(future.done() for future in futures.values()):
-                watch(list(_progress(jobs, errors)))
+                watch(list(_progress(jobs, errors, seen)))
                 time.sleep(every_s)
                 errors = _errors_of(futures)
             errors = _errors_of(futures)
@@ -93,7 +94,7 @@ def run_study(
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
-    progress = list(_progress(jobs, errors))
+    progress = list(_progress(jobs, errors, seen))
     watch(progress)
     return progress
 
@@ -184,22 +185,34 @@ def _errors_of(futures: Mapping[Path, "Future[None]"]) -> dict[Path, str]:
     return errors
 
 
+Seen = dict[Path, tuple[tuple[int, int], RunProgress]]  # by size and time of a run's log
+
+
 def _progress(
-    jobs: Sequence[tuple[Spec, Path]], errors: dict[Path, str]
+    jobs: Sequence[tuple[Spec, Path]], errors: Mapping[Path, str], seen: Seen
 ) -> Iterator[RunProgress]:
+    """How far each run is; a log that is as it was when last `seen` is not read again."""
     for spec, folder in jobs:
-        rounds = read_run(folder).rounds if (folder / "run.json").exists() else ()
-        measured = [
-            [a.received_test for a in r.accuracy.values() if a.received_test is not None]
-            for r in rounds
-            if r.accuracy
-        ]
-        yield RunProgress(
-            spec,
-            folder,
-            len(rounds),
-            sum(r.bytes_down + r.bytes_up for r in rounds),
-            sum(measured[-1]) / len(measured[-1]) if measured and measured[-1] else None,
-            bool(rounds) and rounds[-1].phase == "final",
-            errors.get(folder),
-        )
+        log = folder / "rounds.jsonl"
+        stat = log.stat() if (folder / "run.json").exists() and log.exists() else None
+        version = (stat.st_size, stat.st_mtime_ns) if stat is not None else (0, 0)
+        if folder not in seen or seen[folder][0] != version:
+            seen[folder] = version, _read_progress(spec, folder, stat is not None)
+        yield replace(seen[folder][1], error=errors.get(folder))
+
+
+def _read_progress(spec: Spec, folder: Path, begun: bool) -> RunProgress:
+    rounds = read_run(folder).rounds if begun else ()
+    measured = [
+        [a.received_test for a in r.accuracy.values() if a.received_test is not None]
+        for r in rounds
+        if r.accuracy
+    ]
+    return RunProgress(
+        spec,
+        folder,
+        len(rounds),
+        sum(r.bytes_down + r.bytes_up for r in rounds),
+        sum(measured[-1]) / len(measured[-1]) if measured and measured[-1] else None,
+        bool(rounds) and rounds[-1].phase == "final",
+    )

@@ -263,7 +263,8 @@ def train(
                 )
                 loss = task_loss + _routing_losses(model, routings, plan)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:  # not so where a phase trains experts that none of these use
+                loss.backward()  # type: ignore[no-untyped-call]
             step_profile = profile_of(routings, sizes)
             _spare_unused_experts(model, step_profile)
             for name, p in moving:

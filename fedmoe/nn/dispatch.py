@@ -8,7 +8,7 @@ Shape suffixes: T tokens, D width, O output width, E experts, N tokens of one ex
 the pairs of a token and a held expert that it weighs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,9 +41,7 @@ def mix(x_TD: Tensor, weight_TE: Tensor, experts: Mapping[int, nn.Module], out_d
     Raises:
         ValueError: an expert returns another shape than (N, O).
     """
-    held_E = torch.zeros(weight_TE.shape[1], dtype=torch.bool, device=weight_TE.device)
-    held_E[list(experts)] = True
-    rows = sort_rows(weight_TE.detach().masked_fill(~held_E, 0.0))
+    rows = sort_rows(_of_held(weight_TE.detach(), experts))
     weight_R = weight_TE.reshape(-1).index_select(0, rows.pair_R)
     used = [(e, n) for e, n in enumerate(rows.counts) if n]
     if not used:
@@ -56,18 +54,14 @@ def mix(x_TD: Tensor, weight_TE: Tensor, experts: Mapping[int, nn.Module], out_d
 def sort_rows(weight_TE: Tensor) -> Rows:
     """Find the pairs with a weight, and sort them by expert and then token."""
     num_tokens, num_experts = weight_TE.shape
-    pair_R = weight_TE.reshape(-1).nonzero().squeeze(1)
-    token_R = pair_R.div(num_experts, rounding_mode="floor")
-    expert_R = pair_R - token_R * num_experts
-    order_R = expert_R.argsort(stable=True)
-    back_R = torch.empty_like(order_R)
-    back_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    expert_R, token_R = weight_TE.t().nonzero().t().contiguous()
+    by_token_R, back_R = token_R.sort(stable=True)
     return Rows(
-        token_R=token_R.index_select(0, order_R),
-        pair_R=pair_R.index_select(0, order_R),
+        token_R=token_R,
+        pair_R=token_R * num_experts + expert_R,
         counts=expert_R.bincount(minlength=num_experts).tolist(),
         back_R=back_R,
-        start_T=torch.searchsorted(token_R, torch.arange(num_tokens, device=token_R.device)),
+        start_T=torch.searchsorted(by_token_R, torch.arange(num_tokens, device=token_R.device)),
     )
 
 
@@ -126,6 +120,15 @@ def mix_loop(
             y_NO = _checked(expert(x_ND), e, x_ND, out_dim) * weight_T[chosen_N, None]
             out_TO = out_TO.index_add(0, chosen_N, y_NO.to(out_TO.dtype))
     return out_TO
+
+
+def _of_held(weight_TE: Tensor, held: Collection[int]) -> Tensor:
+    """The weights, with 0 for experts that are not held."""
+    if len(held) == weight_TE.shape[1]:
+        return weight_TE
+    held_E = torch.zeros(weight_TE.shape[1], dtype=torch.bool, device=weight_TE.device)
+    held_E[list(held)] = True
+    return weight_TE.masked_fill(~held_E, 0.0)
 
 
 def _nothing(x_TD: Tensor, weight_0: Tensor, out_dim: int) -> Tensor:

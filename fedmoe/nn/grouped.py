@@ -16,9 +16,9 @@ class PlainFFN(NamedTuple):
     """The parameters of an expert that does what `FFN.forward` does, and nothing besides."""
 
     up_FD: Tensor
-    up_F: Tensor
+    up_F: Tensor | None
     down_OF: Tensor
-    down_O: Tensor
+    down_O: Tensor | None
     activation: Activation
 
     @property
@@ -46,7 +46,7 @@ def plain_ffns(experts: Iterable[nn.Module], x_RD: Tensor) -> list[PlainFFN] | N
             return None
         u, d = up._parameters, down._parameters
         tensors = (u["weight"], u["bias"], d["weight"], d["bias"])
-        if any(t is None or not (any_dtype or t.dtype == x_RD.dtype) for t in tensors):
+        if not any_dtype and any(t is not None and t.dtype != x_RD.dtype for t in tensors):
             return None
         plain.append(PlainFFN(*tensors, expert.activation))  # type: ignore[arg-type]
     return plain
@@ -59,10 +59,17 @@ def _hooked(m: nn.Module) -> bool:
 
 
 def grouped_fits(ffns: Sequence[PlainFFN], x_RD: Tensor) -> bool:
-    """Whether `run_grouped` can run these: all of one shape and activation, and not float64."""
-    shape, activation = ffns[0].up_FD.shape, ffns[0].activation
+    """Whether `run_grouped` can run these: all of the same shapes, biases and activation, and not
+    float64.
+    """
+    first = ffns[0]
     return _dtype(x_RD) != torch.float64 and all(
-        f.up_FD.shape == shape and f.activation == activation for f in ffns
+        f.up_FD.shape == first.up_FD.shape
+        and f.down_OF.shape == first.down_OF.shape
+        and (f.up_F is None) == (first.up_F is None)
+        and (f.down_O is None) == (first.down_O is None)
+        and f.activation == first.activation
+        for f in ffns
     )
 
 
@@ -71,25 +78,28 @@ def run_grouped(x_RD: Tensor, ffns: Sequence[PlainFFN], counts: Sequence[int]) -
 
     Under autocast they are computed, and come out, in its dtype.
     """
-    dtype, activation, out_dim = _dtype(x_RD), ffns[0].activation, len(ffns[0].down_O)
+    dtype, activation, out_dim = _dtype(x_RD), ffns[0].activation, len(ffns[0].down_OF)
     count_H = torch.tensor(counts, device=x_RD.device)
     end_H = count_H.cumsum(0, dtype=torch.int32)
-    expert_R = torch.arange(len(ffns), device=x_RD.device).repeat_interleave(
-        count_H, output_size=len(x_RD)
-    )
     # One row of each operand must be a multiple of 16 bytes, so zeros are added as needed.
     unit = 16 // dtype.itemsize
     up_HFD = _pad(torch.stack([f.up_FD for f in ffns]).to(dtype), unit, 2)
-    up_HF = _pad(torch.stack([f.up_F for f in ffns]).to(dtype), unit, 1)
     down_HOF = _pad(torch.stack([f.down_OF for f in ffns]).to(dtype), unit, 2)
-    down_HO = _pad(torch.stack([f.down_O for f in ffns]).to(dtype), unit, 1)
-
     x_RD = _pad(x_RD.to(dtype), unit, 1)
-    a_RF = nn.functional.grouped_mm(x_RD, up_HFD.transpose(1, 2), offs=end_H)
     # Its own bias argument is not supported by every backend.
-    h_RF = activate(a_RF + up_HF.index_select(0, expert_R), activation)
+    a_RF = nn.functional.grouped_mm(x_RD, up_HFD.transpose(1, 2), offs=end_H)
+    h_RF = activate(_add_biases(a_RF, [f.up_F for f in ffns], count_H), activation)
     y_RO = nn.functional.grouped_mm(h_RF, down_HOF.transpose(1, 2), offs=end_H)
-    return (y_RO + down_HO.index_select(0, expert_R))[:, :out_dim]
+    return _add_biases(y_RO, [f.down_O for f in ffns], count_H)[:, :out_dim]
+
+
+def _add_biases(y_RW: Tensor, biases: Sequence[Tensor | None], count_H: Tensor) -> Tensor:
+    """Add to each row its expert's bias, if they have any; `y_RW` may be padded to a width W."""
+    given = [b for b in biases if b is not None]
+    if not given:
+        return y_RW
+    bias_HW = nn.functional.pad(torch.stack(given), (0, y_RW.shape[1] - len(given[0])))
+    return y_RW + bias_HW.to(y_RW.dtype).repeat_interleave(count_H, 0, output_size=len(y_RW))
 
 
 def _pad(t: Tensor, unit: int, dims: int) -> Tensor:

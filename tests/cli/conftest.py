@@ -104,6 +104,10 @@ def as_list(seed: int = 0, rounds: int = 2):
     return list(tiny(seed, rounds))
 
 
+def misnamed(seed: int = 0, rounds: int = 2):
+    return {"mine": tiny(seed, rounds)["fedavg"]}
+
+
 def stubborn(seed: int = 0, rounds: int = 2):
     return tiny(seed, 7)
 

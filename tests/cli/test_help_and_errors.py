@@ -72,6 +72,7 @@ def test_help_loads_neither_torch_nor_plotly_nor_flower():
         (["run", "lab:poor"], ["client 0", "memory_bytes must be at least", "got 1000"]),
         (["run", "lab:narrow"], ["k must be between 1 and the 4 experts, got 9"]),
         (["run", "lab:as_list"], ["must return a mapping", "list"]),
+        (["run", "lab:misnamed"], ["'mine'", "calls itself 'fedavg'", "dataclasses.replace"]),
         (["run", "lab:stubborn"], ["2 rounds", "its schedule has 7 rounds"]),
         (["run", "lab:faulty"], ["lab:faulty cannot be made", "KeyError", "FEDMOE_TRACEBACK=1"]),
         (["run", "lab:without_rounds"], ["no default number of rounds"]),

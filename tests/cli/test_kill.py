@@ -171,15 +171,29 @@ def test_a_single_run_whose_checkpoints_are_all_damaged_starts_again_and_says_so
     assert lab.lines(FOLDERS[1]) == undisturbed.lines(FOLDERS[1])
 
 
+LONGER = """
+from dataclasses import dataclass
+from fedmoe.federated.fedmoe import FedMoEState
+
+@dataclass(frozen=True, eq=False)
+class LongerState(FedMoEState):
+    more: int = 0
+
+class Longer(FedMoE):
+    def init(self, model, clients):
+        return LongerState(**vars(super().init(model, clients)))
+"""
+
+
 @pytest.mark.xdist_group("cli-kill")
 def test_a_checkpoint_of_code_that_has_changed_since_is_refused_and_left_as_it_is(
     undisturbed, tmp_path
 ):
     lab = without_its_end(undisturbed, tmp_path)
     text = (tmp_path / "lab.py").read_text()
-    changed = '    return runs | {"private-router": runs["fedavg"], "fedmoe": runs["fedavg"]}\n'
-    text = text.replace('    return runs | {"private-router": private}\n', changed)
-    (tmp_path / "lab.py").write_text(text)
+    assert "FedMoE(seed=seed)" in text
+    text = text.replace("FedMoE(seed=seed)", "Longer(seed=seed)")
+    (tmp_path / "lab.py").write_text(text.replace("def poor", f"{LONGER}\n\ndef poor"))
     before = logs(lab)
     result = lab.call("resume", FOLDERS[0])
     assert result.returncode == 2, result.stderr

@@ -35,8 +35,11 @@ def routing_weights(T, E, k, seed, skew=0.0):
     return torch.zeros(T, E).scatter(1, best_TK, torch.rand(T, min(k, E), generator=g) + 0.1)
 
 
-def ffns(numbers, D, F, out, activation="relu"):
-    return seeded(lambda: nn.ModuleDict({str(e): FFN(D, F, out, activation) for e in numbers}), 0)
+def ffns(numbers, D, F, out, activation="relu", bias=True):
+    def build():
+        return nn.ModuleDict({str(e): FFN(D, F, out, activation, bias=bias) for e in numbers})
+
+    return seeded(build, 0)
 
 
 def results(mixer, x_TD, weight_TE, modules, out, grad_TO=None):
@@ -58,12 +61,26 @@ def assert_same(got, expected, **tolerance):
             torch.testing.assert_close(a, b, **tolerance)
 
 
-def check(T, E, held, k, D, F, out, *, skew=0.0, activation="relu", dtype=torch.float32, seed=0):
+def check(
+    T,
+    E,
+    held,
+    k,
+    D,
+    F,
+    out,
+    *,
+    skew=0.0,
+    activation="relu",
+    bias=True,
+    dtype=torch.float32,
+    seed=0,
+):
     g = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(T, D, generator=g).to(dtype)
     grad_TO = torch.randn(T, out, generator=g).to(dtype)
     weight_TE = routing_weights(T, E, k, seed, skew).to(dtype)
-    modules = ffns(held, D, F, out, activation).to(dtype)
+    modules = ffns(held, D, F, out, activation, bias).to(dtype)
     for grad in (grad_TO, None):
         expected = results(mix_loop, x_TD, weight_TE, modules, out, grad)
         got = results(mix, x_TD, weight_TE, modules, out, grad)
@@ -71,16 +88,18 @@ def check(T, E, held, k, D, F, out, *, skew=0.0, activation="relu", dtype=torch.
         assert_same(got, expected, rtol=1e-5, atol=2e-5 if dtype == torch.float32 else 1e-10)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("k", [1, 2, 5])
 @pytest.mark.parametrize("held", [[0, 1, 2, 3, 4], [1, 3], [4]], ids=str)
-def test_any_subset_of_experts_gives_what_the_loop_gives(way, held, k, activation):
-    check(20, 5, held, k, 8, 16, 8, activation=activation)
+def test_any_subset_of_experts_gives_what_the_loop_gives(way, held, k, activation, bias):
+    check(20, 5, held, k, 8, 16, 8, activation=activation, bias=bias)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("D, F, out", [(8, 12, 4), (7, 16, 8), (8, 5, 8), (8, 16, 10), (1, 1, 1)])
-def test_any_width_gives_what_the_loop_gives(way, D, F, out):
-    check(20, 4, [0, 1, 3], 2, D, F, out)
+def test_any_width_gives_what_the_loop_gives(way, D, F, out, bias):
+    check(20, 4, [0, 1, 3], 2, D, F, out, bias=bias)
 
 
 @pytest.mark.parametrize("skew", [0.1, 0.3, 10.0])
@@ -126,7 +145,8 @@ def test_mixing_as_chosen_gives_what_the_loop_gives_whatever_the_layer(data):
     D, F, out = (data.draw(st.integers(1, 20), name) for name in ("D", "F", "out"))
     k, T = data.draw(st.integers(1, E), "k"), data.draw(st.integers(1, 30), "T")
     skew = data.draw(st.sampled_from([0.0, 0.2, 2.0]), "skew")
-    check(T, E, held, k, D, F, out, skew=skew, seed=data.draw(st.integers(0, 9), "seed"))
+    bias, seed = data.draw(st.booleans(), "bias"), data.draw(st.integers(0, 9), "seed")
+    check(T, E, held, k, D, F, out, skew=skew, bias=bias, seed=seed)
 
 
 @pytest.mark.parametrize("frozen", ["up.weight", "up.bias", "down.weight", "down.bias", ""])
@@ -167,13 +187,14 @@ def test_without_grad_mode_the_output_is_the_same_and_has_no_graph(way):
     assert torch.equal(y_TO, mix(*args))
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_gives_the_dtype_and_nearly_the_values_of_the_loop(way, dtype):
+def test_autocast_gives_the_dtype_and_nearly_the_values_of_the_loop(way, dtype, bias):
     g = torch.Generator().manual_seed(0)
     x_TD = torch.randn(20, 8, generator=g).to(dtype)
     grad_TO = torch.randn(20, 8, generator=g).to(dtype)
     # GELU: of ReLU, a rounded sign would switch whole units on and off.
-    weight_TE, modules = routing_weights(20, 4, 2, 0), ffns(range(4), 8, 20, 8, "gelu")
+    weight_TE, modules = routing_weights(20, 4, 2, 0), ffns(range(4), 8, 20, 8, "gelu", bias)
 
     def under_autocast(*args):
         with torch.autocast("cpu", torch.bfloat16):
@@ -214,9 +235,10 @@ def test_an_expert_that_only_looks_like_a_plain_ffn_runs_its_own_forward():
     assert not torch.allclose(mix(x_TD, weight_TE, {0: plain}, 8), once)
 
 
-def test_experts_that_differ_in_hidden_width_give_what_the_loop_gives():
+def test_ffns_that_differ_give_what_the_loop_gives():
     modules = nn.ModuleDict({"0": FFN(8, 16), "1": FFN(8, 4), "2": FFN(8, 16, activation="gelu")})
-    x_TD, weight_TE = torch.ones(6, 8), routing_weights(6, 3, 2, 0)
+    modules["3"] = FFN(8, 16, bias=False)
+    x_TD, weight_TE = torch.ones(6, 8), routing_weights(6, 4, 2, 0)
     expected = results(mix_loop, x_TD, weight_TE, modules, 8)
     assert_same(results(mix, x_TD, weight_TE, modules, 8), expected, rtol=1e-5, atol=1e-5)
 
@@ -252,15 +274,17 @@ def test_each_way_is_chosen_where_it_is_meant_to_be(monkeypatch):
 
     run_with([FFN(8, 16) for _ in range(6)])
     run_with([FFN(8, 16) for _ in range(6)], torch.bfloat16)
-    assert taken == ["run_grouped"] * 2
+    run_with([FFN(8, 16, bias=False) for _ in range(6)])
+    assert taken == ["run_grouped"] * 3
     taken.clear()
     run_with([FFN(8, 16) for _ in range(5)])  # few
     run_with([FFN(256, 512) for _ in range(6)])  # large
     run_with([FFN(8, 16) for _ in range(6)], torch.float64)
     run_with([FFN(8, 16) for _ in range(5)] + [FFN(8, 12)])  # of two sizes
     run_with([FFN(8, 16) for _ in range(5)] + [FFN(8, 16, activation="gelu")])
+    run_with([FFN(8, 16) for _ in range(5)] + [FFN(8, 16, bias=False)])
     run_with([FFN(8, 16) for _ in range(5)] + [Doubled(8, 16)])
-    assert taken == ["run_segments"] * 6
+    assert taken == ["run_segments"] * 7
 
 
 def test_the_grouped_way_needs_experts_alike():
@@ -270,7 +294,10 @@ def test_the_grouped_way_needs_experts_alike():
         return grouped_fits(plain_ffns(experts, x_RD), x_RD)
 
     assert fits(FFN(8, 16), FFN(8, 16))
+    assert fits(FFN(8, 16, bias=False), FFN(8, 16, bias=False))
+    assert not fits(FFN(8, 16), FFN(8, 16, bias=False))
     assert not fits(FFN(8, 16), FFN(8, 12))
+    assert not fits(FFN(8, 16), FFN(8, 16, 4))
     assert not fits(FFN(8, 16), FFN(8, 16, activation="gelu"))
     assert plain_ffns([FFN(8, 16), nn.Linear(8, 8)], x_RD) is None
     assert plain_ffns([FFN(8, 16).bfloat16()], x_RD) is None

@@ -11,18 +11,24 @@ Activation = Literal["relu", "gelu"]
 
 
 class FFN(nn.Module):
-    """(N, dim) -> (N, out); `out` is `dim` unless given."""
+    """(N, dim) -> (N, out); `out` is `dim` unless given. Most language models have no `bias`."""
 
     def __init__(
-        self, dim: int, hidden: int, out: int | None = None, activation: Activation = "relu"
+        self,
+        dim: int,
+        hidden: int,
+        out: int | None = None,
+        activation: Activation = "relu",
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if activation not in ("relu", "gelu"):
             raise ValueError(f'activation must be "relu" or "gelu", got {activation!r}')
         self.dim, self.hidden, self.activation = dim, hidden, activation
         self.out_dim = dim if out is None else out
-        self.up = nn.Linear(dim, hidden)
-        self.down = nn.Linear(hidden, self.out_dim)
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.down = nn.Linear(hidden, self.out_dim, bias=bias)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         y_NO: Tensor = self.down(activate(self.up(x_ND), self.activation))

@@ -13,6 +13,7 @@ N, D = 6, 8
 EXPERTS: dict[str, Callable[[], nn.Module]] = {
     "ffn_relu": lambda: FFN(D, 16),
     "ffn_gelu": lambda: FFN(D, 16, activation="gelu"),
+    "ffn_unbiased": lambda: FFN(D, 16, bias=False),
     "ffn_narrow": lambda: FFN(D, 5, out=3),
 }
 

@@ -18,6 +18,12 @@ def test_parameter_names_are_up_and_down():
     assert list(FFN(2, 3).state_dict()) == ["up.weight", "up.bias", "down.weight", "down.bias"]
 
 
+def test_without_biases_there_are_two_matrices_and_zero_stays_zero():
+    ffn = FFN(2, 3, bias=False)
+    assert list(ffn.state_dict()) == ["up.weight", "down.weight"]
+    assert not ffn(torch.zeros(1, 2)).any()
+
+
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match='"relu" or "gelu", got \'tanh\''):
         FFN(2, 3, activation="tanh")
