@@ -282,7 +282,7 @@ def _expert_table(model: ModelView) -> Table:
         table.add_column("", no_wrap=True)
     if held:
         table.add_column("held by", justify="right", no_wrap=True)
-        table.add_column("clients", no_wrap=True)  # cut where the terminal ends
+        table.add_column("clients")  # the one that gives way
     most = max((e.activations or 0 for e in model.experts), default=0)
     for e in model.experts:
         cells: list[str | Text] = [str(e.layer), str(e.expert), size(e.bytes), e.hash[:SHORT]]
@@ -293,6 +293,9 @@ def _expert_table(model: ModelView) -> Table:
         if held:
             own = e.holders or ()
             names = " ".join(map(str, own))
-            cells += [Text(str(len(own)), "" if own else "yellow"), Text(names, "dim")]
+            cells += [
+                Text(str(len(own)), "" if own else "yellow"),
+                Text(names, "dim", no_wrap=True, overflow="ellipsis"),
+            ]
         table.add_row(*cells)
     return table

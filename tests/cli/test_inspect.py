@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
 import pytest
+from rich.console import Console
 
 from fedmoe.checkpoint import save_checkpoint
+from fedmoe.cli.inspect import ExpertView, ModelView, _expert_table
 from fedmoe.federated.per_group import GroupStates
 from fedmoe.state import state_hash
 from fedmoe.types import ExpertId, MoEState
@@ -93,6 +96,17 @@ def test_a_checkpoint_that_another_run_wrote_does_not_match_the_log(fedmoe, run)
     save_checkpoint(run / "checkpoints", 2, GroupStates(2, {"x": small_model(9)}))
     result = fedmoe("inspect", run)
     assert result.exit_code == 0 and "the run's log has another" in result.stdout
+
+
+def test_on_a_narrow_terminal_the_list_of_clients_alone_is_cut():
+    holders = tuple(range(0, 400, 7))
+    view = ModelView("model", 0, 0, 0, (ExpertView(0, 15, 8, 2**20, "9" * 64, holders, 10**6),))
+    out = io.StringIO()
+    Console(file=out, width=80).print(_expert_table(view))
+    head, line = out.getvalue().splitlines()
+    assert head.split()[-1] == "clients" and "…" not in head
+    assert line.rstrip().endswith("…") and line.count("…") == 1
+    assert line.split()[:6] == ["0", "15", "1.00", "MiB", "9" * 12, "1,000,000"]
 
 
 def test_inspecting_changes_no_file(fedmoe, run):
