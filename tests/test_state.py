@@ -376,7 +376,9 @@ def test_the_roles_of_a_model_of_two_layers():
 
 
 @pytest.mark.parametrize(
-    "test", [everything, nothing, is_gate, is_expert, lambda n: "bias" in n], ids=str
+    "test",
+    [everything, nothing, is_gate, is_expert, lambda n: "bias" in n],
+    ids=["everything", "nothing", "gates", "experts", "biases"],
 )
 def test_what_passes_a_test_of_names_and_what_does_not_make_up_the_whole(name, test):
     state = split_state(MODELS[name](seed=3))

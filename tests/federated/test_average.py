@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given
@@ -149,6 +151,17 @@ def test_an_average_equals_its_definition(seed, weigh):
                 continue
             pairs = [(u.model.experts[e][name], weigh(u, e)) for u in holders]
             torch.testing.assert_close(value.double(), slow_mean(pairs), rtol=0, atol=1e-6)
+
+
+@given(st.lists(st.tuples(st.floats(-4, 4), st.integers(1, 500)), min_size=2, max_size=9))
+def test_a_mean_is_off_by_at_most_half_a_step_of_the_grid_over_the_mean_weight(pairs):
+    mean = Mean()
+    for value, weight in pairs:
+        mean.add({"v": number(value, torch.float64)}, weight)
+    total = sum(weight for _, weight in pairs)
+    exact = sum(Fraction(value) * weight for value, weight in pairs) / total
+    error = abs(mean.result({"v": number(0.0, torch.float64)})["v"].item() - float(exact))
+    assert error <= 2.0 ** -(GRID_BITS + 1) * len(pairs) / total + 1e-15
 
 
 @pytest.mark.parametrize("make", [ragged, tiny, small_vit], ids=lambda m: m.__name__)

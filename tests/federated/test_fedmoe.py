@@ -229,14 +229,16 @@ def test_who_cannot_explore_is_predicted_from_its_task_or_from_who_is_like_it(
     tasks, scouted_count, predict, wanted
 ):
     strategy = replace(PLAIN, explore_trains=True, predict=predict)
-    sizes, memories = (100, 300, 1000, 50), (None, None, None, bytes_for(1))
+    sizes, memories = (100, 300, 1000, 50, 9000), (None, None, None, bytes_for(1), bytes_for(1))
     clients = [
-        ClientInfo(k, memories[k], sizes[k], tasks[k] if tasks else None) for k in range(4)
+        ClientInfo(k, memories[k], sizes[k], f"{tasks}Z"[k] if tasks else None) for k in range(5)
     ]
     state = strategy.init(MODEL, clients)
-    updates = [explored(k, ABLE_COUNTS[k]) for k in range(3)] + [scouted(3, scouted_count)]
+    updates = [explored(k, ABLE_COUNTS[k]) for k in range(3)]
+    # The last is just like client 3, but could not explore either: it has nothing to tell.
+    updates += [scouted(k, scouted_count) for k in (3, 4)]
     state = strategy.aggregate(state, updates)
-    assert state.whole == {0: True, 1: True, 2: True, 3: False}
+    assert state.whole == {0: True, 1: True, 2: True, 3: False, 4: False}
     assert state.sub_moes[3] == chosen(wanted)
     assert state.sub_moes[0] == chosen(0)  # who could explore keeps what it measured
 
@@ -471,8 +473,8 @@ def test_experts_and_the_rest_are_averaged_in_every_phase():
 
 
 def test_the_state_after_a_round_does_not_depend_on_who_answers_first():
-    strategy = replace(FedMoE(), patience=1)
-    clients = [ClientInfo(k, bytes_for(2)) for k in range(4)]
+    strategy = replace(FedMoE(), patience=1, alpha=0.7)
+    clients = [ClientInfo(k, bytes_for(k + 1)) for k in range(4)]
     counts = ([7, 2, 1, 0], [1, 1, 1, 7], [5, 5, 0, 0], [0, 0, 5, 5])
     start = strategy.init(MODEL, clients)
     rounds = [[scouted(k, c) for k, c in enumerate(counts)]]
@@ -489,6 +491,18 @@ def test_the_state_after_a_round_does_not_depend_on_who_answers_first():
         assert len({content_hash(end) for end in ends}) == 1
         assert start.round + 1 == ends[0].round
         start = ends[0]
+
+
+def test_clients_that_change_in_the_same_round_do_so_in_order_of_number():
+    held = {0: chosen(0), 1: chosen(0, 1, 2, 3), 2: chosen(1, 2)}
+    stuck = replace(state_of(held, P), progress=dict.fromkeys(range(3), Progress(0.9, 9)))
+    updates = [scored(k, held[k], 0.5) for k in range(3)]
+    ends = [TWO.aggregate(stuck, iter(order)) for order in permutations(updates)]
+    assert len({content_hash(end) for end in ends}) == 1
+    # n = (4 + 2) / 2 - 1, (1 + 2) / 2 - 4 and (1 + 4) / 2 - 2
+    assert [(c.client, c.action) for c in TWO.changes(ends[0])] == [
+        (0, "add"), (1, "drop"), (2, "add")
+    ]
 
 
 def test_aggregating_changes_nothing_of_the_state_before():

@@ -169,8 +169,9 @@ def test_routing_losses_are_added_with_their_weights_for_every_layer():
 
 
 def test_the_loss_is_the_mean_over_examples_and_epochs():
-    model = nn.Linear(IN, CLASSES)
-    plan = LocalPlan((Phase(epochs=3),), lr=0.0, batch_size=5, balance=9.0)  # 5, 5 and 2 examples
+    model = tiny()
+    # Batches of 5, 5 and 2; without what is added for balance.
+    plan = LocalPlan((Phase(epochs=3),), lr=0.0, batch_size=5, balance=9.0)
     _, loss = train(model, DATA.train, plan, torch_generator(0), CPU)
     wanted = nn.functional.cross_entropy(model(DATA.train.x), DATA.train.y)
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-6)
@@ -187,9 +188,16 @@ class ByFirst(nn.Module):
         return Routing(chosen_TE, chosen_TE)
 
 
-def switched():
+class ZeroGradients(MoE):
+    """A layer whose unused experts have gradients of 0, where `MoE` gives them none."""
+
+    def forward(self, x, keep=None):
+        return super().forward(x, keep) + 0 * sum(p.sum() for p in self.experts.parameters())
+
+
+def switched(layer=MoE):
     return seeded(
-        lambda: nn.Sequential(MoE(ByFirst(), {e: FFN(IN, 3, CLASSES) for e in range(3)}, 3)), 3
+        lambda: nn.Sequential(layer(ByFirst(), {e: FFN(IN, 3, CLASSES) for e in range(3)}, 3)), 3
     )
 
 
@@ -206,8 +214,12 @@ def numbers(model, e):
     return [p.detach().clone() for p in model[0].experts[str(e)].parameters()]
 
 
-def test_an_expert_without_a_token_in_a_round_does_not_drift_by_momentum_or_decay():
-    model = switched()
+LAYERS = pytest.mark.parametrize("layer", [MoE, ZeroGradients], ids=lambda c: c.__name__)
+
+
+@LAYERS
+def test_an_expert_without_a_token_in_a_round_does_not_drift_by_momentum_or_decay(layer):
+    model = switched(layer)
     before = split_state(model)
     profile, _ = train(model, tokens_for(0, 2, 2, 0), ROUGH, torch_generator(0), CPU)
     assert profile.count_LE.tolist() == [[6, 0, 6]]
@@ -220,10 +232,11 @@ def test_an_expert_without_a_token_in_a_round_does_not_drift_by_momentum_or_deca
         assert same == (e == 1)
 
 
-def test_an_expert_without_a_token_in_a_step_does_not_drift_in_that_step():
+@LAYERS
+def test_an_expert_without_a_token_in_a_step_does_not_drift_in_that_step(layer):
     # So it ends where it would have ended had the other experts' examples not been there.
     data = tokens_for(0, 1, 0, 1, 1, 0)
-    model, alone = switched(), switched()
+    model, alone = switched(layer), switched()
     order = torch.cat([torch.randperm(6, generator=g) for g in [torch_generator(0)] for _ in "abc"])
     train(model, data, ROUGH, torch_generator(0), CPU)
     optimizer = torch.optim.SGD(

@@ -103,6 +103,13 @@ def test_experts_that_are_never_activated_are_left_out_even_where_memory_is_plen
     assert theta == 1.0
 
 
+def test_full_coverage_is_reached_in_spite_of_rounding():
+    p_LE = torch.tensor([[0.1] * 10 + [0.0]], dtype=torch.float64)
+    assert sum([0.1] * 10) < 1
+    sub_moe, theta = largest_coverage(p_LE, {ExpertId(0, e): 1 for e in range(11)}, None)
+    assert numbers(sub_moe) == list(range(10)) and theta == 1.0
+
+
 @pytest.mark.parametrize("limit", [5 * SIZE, None])
 def test_a_layer_without_any_activation_gets_its_minimum_and_hinders_no_other(limit):
     p_LE = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.4, 0.3, 0.2, 0.1]]).double()

@@ -40,6 +40,13 @@ def test_centred_similarity_tells_apart_what_the_plain_one_does_not():
     close(centred_KK[1], [0.0, 0.0, 0.0])  # the mean client is like nobody
 
 
+def test_what_is_centred_is_each_expert_by_itself():
+    # The mean client is (0.7, 0.3); all differ from it along (1, -1), to one side or the other.
+    p_KLE = torch.tensor([[[0.75, 0.25]], [[0.72, 0.28]], [[0.63, 0.37]]], dtype=torch.float64)
+    wanted = [[1.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]]
+    close(similarity(p_KLE, centred=True), wanted)
+
+
 def test_a_client_without_activations_is_similar_to_none():
     p_KLE = torch.cat([P_KLE, torch.zeros(1, 1, 3)])
     close(similarity(p_KLE)[3], [0.0, 0.0, 0.0, 0.0])
