@@ -66,3 +66,12 @@ def chromium() -> str:
     if path is None:
         _lacks("Chromium (make browser)")
     return path
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Ids that are the same in every process: test processes must agree on them."""
+    if isinstance(val, set | frozenset):
+        return ",".join(sorted(map(str, val))) or "empty"
+    if " at 0x" in repr(val):
+        return getattr(val, "__name__", type(val).__name__)
+    return None

@@ -369,7 +369,6 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
             r"experts per layer \(4,\), got \(5,\)",
         ),
     ],
-    ids=str,
 )
 def test_a_run_of_another_experiment_is_not_gone_on_with(tmp_path, change, what):
     run_experiment(fedavg().shortened(1), tmp_path)

@@ -489,7 +489,6 @@ def test_the_four_accuracies_are_those_before_and_after_training():
         (True, False, {"trained_validation"}),
         (False, True, FOUR),
     ],
-    ids=str,
 )
 def test_accuracies_are_measured_only_when_asked_for(validate, evaluate, names):
     update, _ = do(assignment(validate=validate, evaluate=evaluate))
@@ -587,7 +586,6 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_client_and_rate(lr):
         ({"label_smoothing": 1.5}, "label_smoothing must be between 0 and 1, got 1.5"),
         ({"label_smoothing": -0.1}, "label_smoothing must be between 0 and 1"),
     ],
-    ids=str,
 )
 def test_a_plan_out_of_range_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
