@@ -116,7 +116,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path, number, code):
         os.killpg(process.pid, number)  # a terminal sends it to all
     else:
         os.kill(process.pid, number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=START_S)
     assert process.returncode == code, err
     assert out == "" and "Traceback" not in err
     assert "stopped with 0 of 2 runs finished" in err and "fedmoe resume runs" in err

@@ -517,6 +517,16 @@ def test_accuracy_and_profile_are_over_all_batches():
     assert profile_data(model, many, CPU).token_L.tolist() == [1203]
 
 
+@pytest.mark.parametrize("look", [accuracy, profile_data], ids=lambda f: f.__name__)
+def test_looking_at_a_model_changes_nothing_of_it(look):
+    model = ragged().train()  # whose normalisation moves with what it sees while training
+    before = hashed(split_state(model))
+    first = look(model, DATA.train, CPU)
+    assert hashed(split_state(model)) == before
+    again = look(model, DATA.train, CPU)
+    assert first == again or torch.equal(first.score_LE, again.score_LE)
+
+
 # Determinism
 
 
