@@ -40,4 +40,4 @@ def test_an_own_experiment_is_found_by_module_and_function(tiny_target):
 
 @pytest.mark.parametrize("target", EXPERIMENTS)
 def test_every_experiment_says_how_many_rounds_it_runs(target):
-    assert default_rounds(target) >= 10
+    assert default_rounds(target) >= 8
