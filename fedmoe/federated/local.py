@@ -64,6 +64,7 @@ class LocalPlan:
     label_smoothing: float = 0.0
     balance: float = 0.0  # weight of the load-balance loss, summed over MoE layers
     z: float = 0.0  # weight of the router z-loss, summed over MoE layers
+    clip: float | None = None  # largest norm of a step's gradient; None: any
     proximal: float = 0.0  # FedProx's mu: pull towards the parameters as received
 
     def __post_init__(self) -> None:
@@ -75,6 +76,8 @@ class LocalPlan:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number of 0 or more, got {value}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be above 0, or None for no limit, got {self.clip}")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(
                 f"label_smoothing must be between 0 and 1, got {self.label_smoothing}"
@@ -270,6 +273,8 @@ def train(
             for name, p in moving:
                 if plan.proximal and p.grad is not None:
                     p.grad.add_(p.detach() - received[name], alpha=plan.proximal)
+            if plan.clip is not None:
+                torch.nn.utils.clip_grad_norm_([p for _, p in moving], plan.clip)
             optimizer.step()
             total = total + step_profile
             loss_sum += float(task_loss.detach()) * len(index_B)

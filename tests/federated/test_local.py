@@ -149,6 +149,22 @@ def test_two_fedprox_steps_worked_by_hand():
     )
 
 
+@pytest.mark.parametrize(
+    "clip, step",
+    [(None, 0.5), (10.0, 0.5), (0.1 * math.sqrt(2), 0.1)],
+    ids=["none", "wide", "tight"],
+)
+def test_a_clipped_step_worked_by_hand(clip, step):
+    model = nn.Linear(1, 2, bias=False)
+    nn.init.zeros_(model.weight)
+    one = Examples(torch.ones(1, 1), torch.tensor([0]))
+    train(model, one, LocalPlan(lr=1.0, batch_size=1, clip=clip), torch_generator(0), CPU)
+    # The gradient from 0 is (-0.5, 0.5), of norm sqrt(0.5); 0.1 * sqrt(2) makes it (-0.1, 0.1).
+    torch.testing.assert_close(
+        model.weight.detach(), torch.tensor([[step], [-step]]), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_routing_losses_are_added_with_their_weights_for_every_layer():
     data, plans = DATA.train, {}
     for name in ("plain", "balance", "z"):
@@ -591,6 +607,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_client_and_rate(lr):
         ({"momentum": math.nan}, "momentum must be a number of 0 or more, got nan"),
         ({"weight_decay": math.inf}, "weight_decay must be a number of 0 or more, got inf"),
         ({"proximal": -1.0}, "proximal must be a number"),
+        ({"clip": 0.0}, "clip must be above 0"),
         ({"balance": -1.0}, "balance must be a number"),
         ({"z": -1.0}, "z must be a number"),
         ({"label_smoothing": 1.5}, "label_smoothing must be between 0 and 1, got 1.5"),
