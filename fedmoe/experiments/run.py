@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fedmoe import __version__
 from fedmoe.checkpoint import content_hash, newest_checkpoint, save_checkpoint
 from fedmoe.exchange.inprocess import in_process
 from fedmoe.exchange.personal import PersonalStore
@@ -38,7 +39,7 @@ from fedmoe.state import (
 from fedmoe.types import Assignment, MoEState, SubMoE
 from fedmoe.wire.messages import message_bytes, model_bytes, model_tensors
 
-PACKAGES = ("fedmoe", "torch", "flwr", "flwr-datasets", "numpy")
+PACKAGES = ("torch", "flwr", "flwr-datasets", "numpy")
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def _run_info(experiment: Experiment, model: MoEState) -> RunInfo:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that a result may depend on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "fedmoe": __version__}
     for name in PACKAGES:
         try:
             found[name] = version(name)
