@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ if __name__ == "__main__":
 # Small enough for a second: 4 clients, 4 experts, made-up images of which a row tells the class.
 LAB = '''\
 import os
+import signal
 import signal
 from dataclasses import replace
 from functools import partial
@@ -170,6 +172,11 @@ fedmoe.checkpoint._write, fedmoe.exchange.inprocess.work = dying_write, dying_wo
 '''
 
 
+def _heed_ctrl_c() -> None:
+    # Tests that a shell has put into the background are started deaf to it, and so their children.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Lab:
     """A folder with `lab.py`, and a console script that pip might have written."""
@@ -187,6 +194,7 @@ class Lab:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # so that a test's Ctrl-C is its own
+            preexec_fn=_heed_ctrl_c,
         )
 
     def call(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
