@@ -118,11 +118,11 @@ def domains_devices(seed: int = 0, rounds: int = 40) -> Methods:
     }
 
 
-def demo(seed: int = 0, rounds: int = 8) -> Methods:
+def demo(seed: int = 0, rounds: int = 12) -> Methods:
     """*domains-devices*, shorter, with the main comparators only."""
     runs = domains_devices(seed, rounds)
     wanted = ("fedmoe", "random", "fedavg", "local")
-    schedule = Schedule(rounds, seed, evaluate_every=4)
+    schedule = Schedule(rounds, seed, evaluate_every=6)
     return {m: replace(runs[m], name="demo", schedule=schedule) for m in wanted}
 
 
