@@ -86,7 +86,7 @@ def domains(
     Every device holds a quarter of the experts, so FedMoE and the random sub-MoE hold the same
     number of them.
     """
-    plan = LocalPlan((Phase(epochs=2),), lr=0.2, batch_size=20, balance=0.01)
+    plan = LocalPlan((Phase(epochs=2),), lr=0.2, batch_size=20, balance=0.01, clip=1.0)
     return methods(
         name,
         domains_data(seed),
@@ -134,7 +134,7 @@ def published(
     share: float = 1.0,
 ) -> Methods:
     """20 clients over all images (or a share), skewed labels: as public leaderboards have it."""
-    plan = LocalPlan((Phase(epochs=1),), lr=0.005, batch_size=10, balance=0.01)
+    plan = LocalPlan((Phase(epochs=1),), lr=0.005, batch_size=10, balance=0.01, clip=1.0)
     data = published_data(seed, partition=partition, share=share)
     return methods(
         data.name,
