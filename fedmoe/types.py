@@ -116,6 +116,7 @@ class Job(enum.Enum):
     TRAIN = "train"
     SCOUT = "scout"  # run the data through the gates once, and report where it wants to go
     EVALUATE = "evaluate"  # report how good the part is as received, and after local training
+    SERVE = "serve"  # use the part as received: no label is looked at, but to tell how good it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +132,11 @@ class Assignment:
     # Gate rows of experts that the client is not to hold: a scout needs them, and a gate whose
     # softmax keeps its full denominator.
     absent_rows: Mapping[ExpertId, State] = field(default_factory=dict)
+    # Shared parameters that never change, such as a frozen encoder's: the client keeps them.
+    once: State = field(default_factory=dict)
+    extra: State = field(default_factory=dict)  # what the method sends besides the model
+    # Of a scout: report only which so many experts of each layer it wants most, not how much.
+    choose: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +148,7 @@ class ClientUpdate:
     model: MoEState  # empty after a job that does not train
     profile: ActivationProfile  # of the training, or of the scouting
     metrics: Mapping[str, float]
+    extra: State = field(default_factory=dict)  # what the method sends besides the model
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,22 @@ class Strategy(Protocol[S]):
 
     def changes(self, state: S) -> Sequence[Change]:
         """How sub-MoEs changed at the end of the round that led to `state`."""
+        ...
+
+
+class AskingStrategy(Strategy[S], Protocol[S]):
+    """A strategy that asks its clients something before it assigns a round's work.
+
+    One more message down and up within a round: FedJETs sends the gate and hears which experts a
+    client wants. A strategy that has no such question leaves both methods out.
+    """
+
+    def ask(self, state: S, clients: Sequence[ClientInfo]) -> Mapping[int, Assignment]:
+        """The questions, jobs of kind SCOUT; may be empty. Changes nothing."""
+        ...
+
+    def heard(self, state: S, answers: Iterable[ClientUpdate]) -> S:
+        """The state with which this round's `assign` is called; it may outlive the round."""
         ...
 
 

@@ -8,7 +8,6 @@ from torch import nn
 from fedmoe.data.examples import ClientData
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.federated.local import LocalPlan, work
-from fedmoe.state import nothing
 from fedmoe.types import Assignment, ClientFailure, ClientUpdate, Exchange
 
 
@@ -25,14 +24,14 @@ def in_process(
     """An exchange that does each client's work when its update is asked for.
 
     Args:
-        store: where clients keep their own parameters; needed when the plan has personal ones.
+        store: where clients keep what is their own; needed where the plan has any of that.
         progress: told of each client that has answered.
 
     Raises:
-        ValueError: the plan has personal parameters, and there is no store for them.
+        ValueError: clients keep something under this plan, and there is no store for it.
     """
-    if store is None and plan.personal is not nothing:
-        raise ValueError("store must not be None for a plan with personal parameters")
+    if store is None and plan.stores:
+        raise ValueError("store must not be None for a plan under which clients keep anything")
 
     def exchange(assignments: Mapping[int, Assignment]) -> Iterator[ClientUpdate | ClientFailure]:
         for client, assignment in assignments.items():

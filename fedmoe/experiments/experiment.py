@@ -23,6 +23,7 @@ class Experiment:
         factory: makes the full model with the parameters that everybody starts from; called in
             every process, it must give the same parameters each time.
         clients: what the server knows of the clients of `data`, memory budgets included.
+        unseen: clients that never train and are served at the end; their data come from `data` too.
         control: not a method but a mark: it knows what a server cannot know, or ignores limits.
     """
 
@@ -35,6 +36,7 @@ class Experiment:
     clients: tuple[ClientInfo, ...]
     schedule: Schedule
     control: bool = False
+    unseen: tuple[ClientInfo, ...] = ()
 
     def shortened(self, rounds: int) -> "Experiment":
         """The same for another number of rounds."""

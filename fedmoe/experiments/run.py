@@ -90,7 +90,7 @@ def run_experiment(
     """
     model = split_state(experiment.factory())
     check_budgets(experiment, model)
-    state = experiment.strategy.init(model, experiment.clients)
+    state = experiment.strategy.init(model, (*experiment.clients, *experiment.unseen))
     first = 0
     if resume and (folder / "run.json").exists():
         log = RunLog.open(folder)
@@ -108,7 +108,7 @@ def run_experiment(
         experiment.data.load,
         experiment.plan,
         experiment.schedule.seed,
-        store=None if personal is nothing else PersonalStore(folder / "personal"),
+        store=PersonalStore(folder / "personal") if experiment.plan.stores else None,
         device=device,
         progress=on_client,
     )
@@ -141,6 +141,7 @@ def run_experiment(
         measure=message_bytes,
         prepare=prepare,
         after_round=after_round,
+        unseen=experiment.unseen,
     )
     return content_hash(end)
 
@@ -154,7 +155,7 @@ def check_budgets(experiment: Experiment, model: MoEState) -> None:
     with torch.device("meta"):
         layers = moe_layers(experiment.factory())
     k = max((getattr(moe.gate, "k", 1) for _, moe in layers), default=0)
-    for c in experiment.clients:
+    for c in (*experiment.clients, *experiment.unseen):
         try:
             count = experts_that_fit(model, c.memory_bytes)
         except ValueError as why:
@@ -185,7 +186,10 @@ def merged_accuracy(
     model.to(device)
     right, total = 0.0, 0
     for c in experiment.clients:
-        test = experiment.data.load(c.id).test
+        data = experiment.data.load(c.id)
+        if experiment.plan.prepare is not None:
+            data = experiment.plan.prepare(c.id, model, data)
+        test = data.test
         if len(test.y):
             right += accuracy(model, test, device) * len(test.y)
             total += len(test.y)
@@ -285,7 +289,7 @@ def _record(
         seconds=report.seconds,
         bytes_down=report.bytes_down,
         bytes_up=report.bytes_up,
-        bytes_once=report.bytes_down if report.phase == "explore" else 0,
+        bytes_once=report.bytes_down if report.phase == "explore" else report.bytes_once,
         clients=sorted(report.held),
         failed=sorted(report.failed, key=lambda f: f.client),
         refused=sorted(report.refused, key=lambda f: f.client),
@@ -298,6 +302,7 @@ def _record(
         global_accuracy=merged,
         memory_bytes={c: memory.of(report.held[c], len(sizes)) for c in trained},
         model_hash=digest,
+        unseen=dict(sorted(report.unseen.items())),
     )
 
 

@@ -29,7 +29,8 @@ class RefusedUpdateError(ValueError):
 def check_update(update: ClientUpdate, assignment: Assignment, model: MoEState) -> None:
     """Accept an update for aggregation, or say why not.
 
-    What comes back must have exactly the names, shapes and dtypes of what went down.
+    What comes back must have exactly the names, shapes and dtypes of what went down; only
+    experts that no token reached may stay away.
 
     Args:
         assignment: what this client was sent in this round.
@@ -55,16 +56,24 @@ def _problems(update: ClientUpdate, assignment: Assignment, model: MoEState) -> 
             yield f"metric {name!r} must be between 0 and 1, got {value}"
     yield from _profile_problems(update.profile, assignment.sub_moe | frozenset(model.experts))
     if assignment.job is not Job.TRAIN:
-        if update.model.shared or update.model.experts:
+        if update.model.shared or update.model.experts or update.extra:
             yield f"a {assignment.job.value} job sends no parameters back, but this update does"
         return
+    for name, extra in update.extra.items():
+        if name not in assignment.extra:
+            yield f"extra {name!r} was not sent to it"
+        elif problem := _value_problem(extra, assignment.extra[name], examples):
+            yield f"extra {name!r} {problem}"
     sent = assignment.model
     yield from _state_problems("shared parameter", update.model.shared, sent.shared, examples)
     for e in sorted(update.model.experts):
         if e not in sent.experts:
             yield f"{_label(e)} was not assigned to it"
     for e in sorted(sent.experts):
-        weight = max(examples, tokens_of(update.profile, e))
+        tokens = tokens_of(update.profile, e)
+        if not tokens and e not in update.model.experts:
+            continue  # no token reached it, so it is as it was
+        weight = max(examples, tokens)
         got = update.model.experts.get(e, {})
         yield from _state_problems(f"{_label(e)}:", got, sent.experts[e], weight)
     for layer, number in update.profile.count_LE.nonzero().tolist():

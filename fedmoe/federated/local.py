@@ -5,7 +5,7 @@ Shape suffixes: N examples, B examples of a batch, C classes.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,18 @@ from fedmoe.types import (
     ActivationProfile,
     Assignment,
     ClientUpdate,
+    ExpertId,
     Job,
     MoEState,
     Routing,
+    State,
     SubMoE,
 )
 
 EVALUATION_BATCH = 500  # examples; bounds the memory that an evaluation takes
+KEPT, ONCE = "kept:", "once:"  # mark, in what a client stores, a method's own and frozen tensors
+
+Adjust = Callable[[str, nn.Parameter], None]  # may change a parameter's gradient before a step
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,9 @@ class LocalPlan:
     z: float = 0.0  # weight of the router z-loss, summed over MoE layers
     clip: float | None = None  # largest norm of a step's gradient; None: any
     proximal: float = 0.0  # FedProx's mu: pull towards the parameters as received
+    method: "LocalMethod" = field(default_factory=lambda: LocalMethod())
+    # Turns a client's data into what its model takes, for instance a frozen encoder's features.
+    prepare: Callable[[int, nn.Module, ClientData], ClientData] | None = None
 
     def __post_init__(self) -> None:
         if not self.phases or all(p.epochs < 1 for p in self.phases):
@@ -82,6 +90,65 @@ class LocalPlan:
             raise ValueError(
                 f"label_smoothing must be between 0 and 1, got {self.label_smoothing}"
             )
+
+
+    @property
+    def stores(self) -> bool:
+        """Whether a client must keep anything of its own from round to round."""
+        return self.personal is not nothing or self.method.keeps
+
+
+@dataclass(eq=False)
+class LocalTask:
+    """What a local method is given in one round: a model with the received part in it, and data.
+
+    `kept` is what the method stored on this client in its last round, empty at first; `extra`
+    what its server side sent.
+    """
+
+    client: int
+    model: nn.Module
+    examples: Examples
+    plan: LocalPlan
+    generator: torch.Generator
+    device: torch.device
+    kept: State
+    extra: State
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a local method gives back. What goes to the server is the task's model, as trained."""
+
+    profile: ActivationProfile
+    loss: float  # mean over examples and epochs
+    used: nn.Module | None = None  # what the client itself uses from now; None: the task's model
+    kept: State = field(default_factory=dict)  # for this client's next round; replaces the last
+    extra: State = field(default_factory=dict)  # for the method's server side
+
+
+@dataclass(frozen=True)
+class LocalMethod:
+    """How a client trains, and how it is served without training. This one just trains."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether `train` gives back anything to keep."""
+        return False
+
+    def train(self, task: LocalTask) -> Trained:
+        """Train `task.model` in place."""
+        return Trained(
+            *train(
+                task.model, task.examples, task.plan, task.generator, task.device, task.client
+            )
+        )
+
+    def serve(
+        self, model: nn.Module, examples: Examples, device: torch.device
+    ) -> dict[str, float]:
+        """How good the model is as it came, by each way of using it that the method has."""
+        return {"served_test": accuracy(model, examples, device)}
 
 
 def private_router(plan: LocalPlan) -> LocalPlan:
@@ -131,7 +198,7 @@ def work(
         personal: the client's own parameters after its last training; None at first.
 
     Returns:
-        What goes to the server, and the client's own parameters for its next round.
+        What goes to the server, and what the client keeps for its next round.
 
     Raises:
         ValueError: the assignment does not fit the model, the client has no training data, or
@@ -140,8 +207,11 @@ def work(
     device = torch.device(device)
     if not len(data.train.y):
         raise ValueError(f"client {client} has no training examples: leave it out of the run")
+    stored = personal
+    personal, kept, frozen = _apart(stored)
+    frozen = {**frozen, **assignment.once}
     own = own_part(factory, assignment.sub_moe, plan.personal, personal)
-    part = overlay(assignment.model, own)
+    part = overlay(overlay(assignment.model, own), MoEState(frozen, {}))
     if lacking := sorted(assignment.sub_moe - set(part.experts)):
         e = lacking[0]
         raise ValueError(
@@ -156,35 +226,56 @@ def work(
     model.to(device)
     sizes = layer_sizes(model)
     num_examples = len(data.train.y)
+    if plan.prepare is not None:
+        data = plan.prepare(client, model, data)
+
+    def answer(
+        profile: ActivationProfile, metrics: Mapping[str, float]
+    ) -> tuple[ClientUpdate, MoEState | None]:
+        """Of a job that does not train; frozen parameters that came with it are kept."""
+        update = ClientUpdate(client, num_examples, MoEState({}, {}), profile, metrics)
+        return update, _together(personal, kept, frozen) if assignment.once else stored
 
     if assignment.job is Job.SCOUT:
         open_gates(model)
         profile = profile_data(model, data.train, device)
-        return ClientUpdate(client, num_examples, MoEState({}, {}), profile, {}), personal
+        if assignment.choose is not None:
+            profile = only_chosen(profile, assignment.choose)
+        return answer(profile, {})
 
     check_k(model)
+    empty = ActivationProfile.empty(len(sizes), max(sizes, default=0))
+    if assignment.job is Job.SERVE:
+        return answer(empty, _measured(plan.method.serve(model, data.test, device)))
     metrics: dict[str, float] = {}
     if assignment.evaluate:
         metrics["received_validation"] = accuracy(model, data.validation, device)
         metrics["received_test"] = accuracy(model, data.test, device)
-    profile, metrics["loss"] = train(
-        model, data.train, plan, torch_generator(seed, assignment.round, client), device, client
+    generator = torch_generator(seed, assignment.round, client)
+    trained = plan.method.train(
+        LocalTask(
+            client, model, data.train, plan, generator, device, kept, assignment.extra
+        )
     )
+    metrics["loss"] = trained.loss
+    used = model if trained.used is None else trained.used
     if assignment.evaluate or assignment.validate:
-        metrics["trained_validation"] = accuracy(model, data.validation, device)
+        metrics["trained_validation"] = accuracy(used, data.validation, device)
     if assignment.evaluate:
-        metrics["trained_test"] = accuracy(model, data.test, device)
-    metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
+        metrics["trained_test"] = accuracy(used, data.test, device)
     if assignment.job is Job.EVALUATE:
-        empty = ActivationProfile.empty(len(sizes), max(sizes, default=0))
-        return ClientUpdate(client, num_examples, MoEState({}, {}), empty, metrics), personal
+        return answer(empty, _measured(metrics))
 
     state = split_state(model)
     mine = take_names(state, plan.personal)
-    ours = take_names(state, other_than(plan.personal))
+    ours = take_names(state, lambda name: name not in frozen and not plan.personal(name))
     if personal is not None:  # experts that it held before and may hold again
         mine = overlay(personal, mine)
-    return ClientUpdate(client, num_examples, ours, profile, metrics), mine
+    ours = MoEState(ours.shared, {e: s for e, s in ours.experts.items() if _moved(trained, e)})
+    update = ClientUpdate(
+        client, num_examples, ours, trained.profile, _measured(metrics), trained.extra
+    )
+    return update, _together(mine, trained.kept, frozen)
 
 
 def own_part(
@@ -216,6 +307,51 @@ def own_rows(
     return take_names(MoEState({}, rows_of(whole, experts)), test)
 
 
+def only_chosen(profile: ActivationProfile, count: int) -> ActivationProfile:
+    """Of each layer the `count` experts with the highest score, as 1, and nothing else.
+
+    What a client reports that chooses for itself, so that the server learns the set alone. Ties
+    go to the lower number.
+    """
+    order_LE = profile.score_LE.argsort(dim=1, descending=True, stable=True)
+    mark_LE = torch.zeros_like(profile.count_LE).scatter_(1, order_LE[:, :count], 1)
+    mark_LE[profile.score_LE == 0] = 0
+    return ActivationProfile(
+        mark_LE, mark_LE.double(), mark_LE.double(), (mark_LE.sum(1) > 0).long()
+    )
+
+
+def _moved(trained: Trained, e: ExpertId) -> bool:
+    return bool(trained.profile.count_LE[e.layer, e.expert])
+
+
+def _measured(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def _apart(stored: MoEState | None) -> tuple[MoEState | None, State, State]:
+    """A client's own parameters, a method's tensors and frozen parameters, as it stored them."""
+    if stored is None:
+        return None, {}, {}
+
+    def under(prefix: str) -> State:
+        return {
+            n.removeprefix(prefix): t for n, t in stored.shared.items() if n.startswith(prefix)
+        }
+
+    rest = {n: t for n, t in stored.shared.items() if not n.startswith((KEPT, ONCE))}
+    return MoEState(rest, stored.experts), under(KEPT), under(ONCE)
+
+
+def _together(personal: MoEState | None, kept: State, frozen: State) -> MoEState | None:
+    """What `_apart` takes apart; None where there is nothing."""
+    if personal is None and not kept and not frozen:
+        return None
+    own = MoEState({}, {}) if personal is None else personal
+    marked = {KEPT + n: t for n, t in kept.items()} | {ONCE + n: t for n, t in frozen.items()}
+    return MoEState({**own.shared, **marked}, own.experts)
+
+
 def check_k(model: nn.Module) -> None:
     """Raise ValueError where a gate wants more experts for a token than the layer holds."""
     for layer, (_, moe) in enumerate(moe_layers(model)):
@@ -234,11 +370,16 @@ def train(
     generator: torch.Generator,
     device: torch.device,
     client: int = 0,
+    adjust: Adjust | None = None,
 ) -> tuple[ActivationProfile, float]:
     """Train in place; returns how experts were used, and the mean loss over examples and epochs.
 
     An expert that saw no token in a step is left alone by the optimizer in that step: no
     momentum, no weight decay.
+
+    Args:
+        adjust: called before each step, and before clipping, with each parameter that has a
+            gradient and its name by role (see `state.NameTest`).
     """
     sizes = layer_sizes(model)
     total = ActivationProfile.empty(len(sizes), max(sizes, default=0))
@@ -273,6 +414,8 @@ def train(
             for name, p in moving:
                 if plan.proximal and p.grad is not None:
                     p.grad.add_(p.detach() - received[name], alpha=plan.proximal)
+                if adjust is not None and p.grad is not None:
+                    adjust(name, p)
             if plan.clip is not None:
                 torch.nn.utils.clip_grad_norm_([p for _, p in moving], plan.clip)
             optimizer.step()

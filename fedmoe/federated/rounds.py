@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic
+from typing import Generic, cast
 
 from fedmoe.federated.check import RefusedUpdateError, check_update
 from fedmoe.rng import numpy_generator
+from fedmoe.state import parameter_bytes
 from fedmoe.types import (
     ActivationProfile,
+    AskingStrategy,
     Assignment,
     Change,
     ClientFailure,
@@ -23,6 +25,7 @@ from fedmoe.types import (
 )
 
 SAMPLING = 0  # keys the generator that samples clients; clients' own keys are (round, client)
+DROPPING_OUT = 1  # and the one that says which of them drop out
 
 
 @dataclass
@@ -35,6 +38,7 @@ class RoundReport(Generic[S]):
     seconds: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
+    bytes_once: int = 0  # the part of bytes_down that is never sent to the same client again
     held: dict[int, SubMoE] = field(default_factory=dict)
     profiles: dict[int, ActivationProfile] = field(default_factory=dict)
     metrics: dict[int, Mapping[str, float]] = field(default_factory=dict)
@@ -42,16 +46,22 @@ class RoundReport(Generic[S]):
     failed: list[ClientFailure] = field(default_factory=list)
     refused: list[ClientFailure] = field(default_factory=list)
     changes: Sequence[Change] = ()
+    unseen: dict[int, Mapping[str, float]] = field(default_factory=dict)  # served at the end
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rounds run, who takes part, and when accuracies are measured."""
+    """Which rounds run, who takes part, and when accuracies are measured.
+
+    `drop_out` is the chance that a client which was sampled and sent its assignment never
+    answers, a round's clients each on their own.
+    """
 
     rounds: int
     seed: int = 0
     clients_per_round: int | None = None  # None: all of them
     evaluate_every: int = 1  # rounds between evaluations; the last state is always evaluated
+    drop_out: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -60,6 +70,8 @@ class Schedule:
             raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
         if self.clients_per_round is not None and self.clients_per_round < 1:
             raise ValueError(f"clients_per_round must be at least 1, got {self.clients_per_round}")
+        if not 0 <= self.drop_out < 1:
+            raise ValueError(f"drop_out must be at least 0 and below 1, got {self.drop_out}")
 
     def participants(self, round: int, clients: Sequence[ClientInfo]) -> list[ClientInfo]:
         """This round's clients, in order of id; every draw keyed by (seed, round).
@@ -80,6 +92,16 @@ class Schedule:
         )
         return [ordered[i] for i in sorted(chosen)]
 
+    def drop_outs(self, round: int, clients: Sequence[ClientInfo]) -> frozenset[int]:
+        """Who of a round's clients will not answer; every draw keyed by (seed, round, client)."""
+        if not self.drop_out:
+            return frozenset()
+        return frozenset(
+            c.id
+            for c in clients
+            if numpy_generator(self.seed, round, c.id, DROPPING_OUT).random() < self.drop_out
+        )
+
 
 Measure = Callable[[Assignment | ClientUpdate], int]  # bytes on the wire
 
@@ -95,6 +117,7 @@ def run_rounds(
     measure: Measure = lambda message: 0,
     prepare: Callable[[Assignment], Assignment] = lambda assignment: assignment,
     after_round: Callable[[RoundReport[S]], None] = lambda report: None,
+    unseen: Sequence[ClientInfo] = (),
 ) -> S:
     """Assign, exchange, aggregate; at last evaluate what every client would then be given.
 
@@ -104,21 +127,25 @@ def run_rounds(
     Args:
         first: the round to begin with, when `state` comes from a checkpoint.
         prepare: a last change to what goes down, such as leaving out personal parameters.
+        unseen: clients that take part in no round. At the end each is served what the strategy
+            gives it, just in time, and says how good that is as it came; `init` must know them.
 
     Returns:
         The state after the last round.
     """
     for round in range(first, schedule.rounds):
         evaluate = round % schedule.evaluate_every == 0
-        assignments = {
-            client: prepare(replace(a, evaluate=evaluate and a.job is Job.TRAIN))
-            for client, a in strategy.assign(
-                state, schedule.participants(round, clients)
-            ).items()
-        }
+        taking_part = schedule.participants(round, clients)
         report = RoundReport(round, strategy.phase(state), state)
         started = time.perf_counter()
-        updates = _accepted(exchange, assignments, strategy.merged(state), report, measure)
+        reached = _but_for(exchange, schedule.drop_outs(round, taking_part))
+        state = _asked(strategy, state, taking_part, reached, report, measure, prepare)
+        answering = [c for c in taking_part if c.id not in _lost(report)]
+        assignments = {
+            client: prepare(replace(a, evaluate=evaluate and a.job is Job.TRAIN))
+            for client, a in strategy.assign(state, answering).items()
+        }
+        updates = _accepted(reached, assignments, strategy.merged(state), report, measure)
         state = strategy.aggregate(state, updates)
         for _ in updates:  # a strategy that does not train reads none; let the clients finish
             pass
@@ -130,25 +157,114 @@ def run_rounds(
         everyone = sorted(clients, key=lambda c: c.id)
         report = RoundReport(schedule.rounds, "final", state)
         started = time.perf_counter()
-        model, given = strategy.merged(state), strategy.assign(state, everyone)
-        if late := {k: prepare(a) for k, a in given.items() if a.job is Job.SCOUT}:
-            # Who was never sampled holds nothing yet: it scouts first, as in a round to come.
-            updates = _accepted(exchange, late, model, report, measure)
-            settled = strategy.aggregate(state, updates)
-            report.changes = strategy.changes(settled)
-            given = strategy.assign(settled, everyone)
-        assignments = {}
-        for client, a in given.items():
-            if a.job is Job.TRAIN:
-                a = replace(a, job=Job.EVALUATE, evaluate=True, round=schedule.rounds)
-                assignments[client] = prepare(a)
-            elif all(client != f.client for f in (*report.failed, *report.refused)):
-                report.failed.append(ClientFailure(client, "has been given no experts yet"))
+        given = _given(strategy, state, everyone, exchange, report, measure, prepare)
+        assignments = {
+            client: prepare(replace(a, job=Job.EVALUATE, evaluate=True, round=schedule.rounds))
+            for client, a in given.items()
+        }
+        model = strategy.merged(state)
         for _ in _accepted(exchange, assignments, model, report, measure):
             pass
+        if unseen:
+            report.unseen = _served(
+                strategy, state, unseen, exchange, schedule.rounds, measure, prepare
+            )
         report.seconds = time.perf_counter() - started
         after_round(report)
     return state
+
+
+def _but_for(exchange: Exchange, silent: frozenset[int]) -> Exchange:
+    """The exchange, where these clients never answer."""
+    if not silent:
+        return exchange
+
+    def reached(
+        assignments: Mapping[int, Assignment],
+    ) -> Iterator[ClientUpdate | ClientFailure]:
+        for client in sorted(silent & assignments.keys()):
+            yield ClientFailure(client, "dropped out")
+        yield from exchange({k: a for k, a in assignments.items() if k not in silent})
+
+    return reached
+
+
+def _lost(report: RoundReport[S]) -> set[int]:
+    return {f.client for f in (*report.failed, *report.refused)}
+
+
+def _asked(
+    strategy: Strategy[S],
+    state: S,
+    clients: Sequence[ClientInfo],
+    exchange: Exchange,
+    report: RoundReport[S],
+    measure: Measure,
+    prepare: Callable[[Assignment], Assignment],
+) -> S:
+    """The state once the strategy has heard what it asks before it assigns, if it asks at all."""
+    if not hasattr(strategy, "ask"):
+        return state
+    asking = cast(AskingStrategy[S], strategy)
+    questions = {k: prepare(a) for k, a in asking.ask(state, clients).items()}
+    if not questions:
+        return state
+    answers = _accepted(exchange, questions, strategy.merged(state), report, measure)
+    state = asking.heard(state, answers)
+    for _ in answers:
+        pass
+    return state
+
+
+def _given(
+    strategy: Strategy[S],
+    state: S,
+    clients: Sequence[ClientInfo],
+    exchange: Exchange,
+    report: RoundReport[S],
+    measure: Measure,
+    prepare: Callable[[Assignment], Assignment],
+) -> dict[int, Assignment]:
+    """What every client would be given to train next. Who holds nothing yet scouts first."""
+    state = _asked(strategy, state, clients, exchange, report, measure, prepare)
+    clients = [c for c in clients if c.id not in _lost(report)]
+    given = strategy.assign(state, clients)
+    if late := {k: prepare(a) for k, a in given.items() if a.job is Job.SCOUT}:
+        updates = _accepted(exchange, late, strategy.merged(state), report, measure)
+        settled = strategy.aggregate(state, updates)
+        report.changes = strategy.changes(settled)
+        given = strategy.assign(settled, clients)
+    for c in clients:
+        if (c.id not in given or given[c.id].job is not Job.TRAIN) and c.id not in _lost(report):
+            report.failed.append(ClientFailure(c.id, "has been given no experts yet"))
+    return {k: a for k, a in given.items() if a.job is Job.TRAIN}
+
+
+def _served(
+    strategy: Strategy[S],
+    state: S,
+    clients: Sequence[ClientInfo],
+    exchange: Exchange,
+    round: int,
+    measure: Measure,
+    prepare: Callable[[Assignment], Assignment],
+) -> dict[int, Mapping[str, float]]:
+    """How good what clients get is that arrive now and neither train nor show a label.
+
+    Their messages are of a time after the run, so they are not counted as its traffic: each
+    client's bytes, down and up, stand among its metrics.
+    """
+    served: dict[int, Mapping[str, float]] = {}
+    for client in sorted(clients, key=lambda c: c.id):  # each arrives alone
+        report = RoundReport(round, "final", state)
+        given = _given(strategy, state, [client], exchange, report, measure, prepare)
+        jobs = {k: prepare(replace(a, job=Job.SERVE, round=round)) for k, a in given.items()}
+        for _ in _accepted(exchange, jobs, strategy.merged(state), report, measure):
+            pass
+        if client.id in report.metrics:
+            traffic = {"bytes_down": report.bytes_down, "bytes_up": report.bytes_up}
+            served[client.id] = {**report.metrics[client.id], **traffic}
+    return served
 
 
 def _accepted(
@@ -161,6 +277,7 @@ def _accepted(
     """The updates that may be folded, as they arrive; the rest is written into `report`."""
     report.held |= {client: a.sub_moe for client, a in assignments.items()}
     report.bytes_down += sum(measure(a) for a in assignments.values())
+    report.bytes_once += sum(parameter_bytes(a.once) for a in assignments.values())
     answered: set[int] = set()
     for reply in exchange(assignments):
         if isinstance(reply, ClientFailure):
@@ -183,5 +300,5 @@ def _accepted(
         report.num_examples[reply.client] = reply.num_examples
         yield reply
     for client in sorted(set(assignments) - answered):
-        if all(client != f.client for f in (*report.failed, *report.refused)):
+        if client not in _lost(report):
             report.failed.append(ClientFailure(client, "no answer"))

@@ -49,6 +49,9 @@ numbers as strings. Readers ignore fields that they do not know; every field bel
                   began, so after `round` rounds; null where not measured
     memory_bytes  {"0": peak bytes that the client needed, ...}; may be empty
     model_hash    hash of the merged model after the round
+    unseen        {"30": {"served_test", "bytes_down", "bytes_up", ...}, ...}: in the closing
+                  evaluation, clients that never trained, each served just in time; they are not in
+                  run.json, nor are their bytes in those of the run; may be empty or missing
 
 A kill can tear the last line. Readers leave a torn last line out and say so; damage anywhere
 else is an error. A run resumes with `RunLog.open(directory).truncate_to(round)`.

@@ -161,6 +161,7 @@ class RoundRecord:
     global_accuracy: float | None = None  # "global" in the file, a reserved word here
     memory_bytes: Mapping[int, int] = field(default_factory=dict)
     model_hash: str = ""
+    unseen: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> Json:
         finite_loss = self.loss is not None and math.isfinite(self.loss)
@@ -193,6 +194,10 @@ class RoundRecord:
             "global": None if self.global_accuracy is None else float(self.global_accuracy),
             "memory_bytes": {str(c): int(n) for c, n in self.memory_bytes.items()},
             "model_hash": self.model_hash,
+            "unseen": {
+                str(c): {name: float(v) for name, v in metrics.items()}
+                for c, metrics in self.unseen.items()
+            },
         }
 
     @staticmethod
@@ -220,6 +225,7 @@ class RoundRecord:
             global_accuracy=None if merged.is_null() else merged.share(),
             memory_bytes={c: n.count() for c, n in record.get("memory_bytes").client_items()},
             model_hash=record.get("model_hash").text(),
+            unseen=_unseen_from_json(record.find("unseen")),
         )
         if result.bytes_once > result.bytes_down:
             raise record.get("bytes_once").wrong(f"at most bytes_down, {result.bytes_down}")
@@ -304,6 +310,13 @@ def _layers_to_json(per_client: Mapping[int, Sequence[Sequence[int]]]) -> Json:
 
 def _layers_from_json(value: Value) -> dict[int, tuple[tuple[int, ...], ...]]:
     return {c: tuple(row.counts() for row in rows.list()) for c, rows in value.client_items()}
+
+
+def _unseen_from_json(value: Value | None) -> dict[int, dict[str, float]]:
+    """Older logs have no such field."""
+    if value is None:
+        return {}
+    return {c: {n: v.number() for n, v in m.items()} for c, m in value.client_items()}
 
 
 def _change_from_json(value: Value) -> Change:

@@ -1,8 +1,9 @@
 """Assignments and updates as bytes, and back: one safetensors blob, without pickle.
 
 Everything in a message is a tensor under a name: `shared/NAME`, `expert/L.E/NAME`,
-`rows/L.E/NAME`, the profile's tables, `metric/NAME`, and the few numbers in `head`. So the size of
-a message depends on names, shapes and dtypes alone, and can be told without building it.
+`rows/L.E/NAME`, `once/NAME`, `extra/NAME`, the profile's tables, `metric/NAME`, and the few
+numbers in `head`. So the size of a message depends on names, shapes and dtypes alone, and can be
+told without building it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ from fedmoe.types import (
 )
 
 JOBS = tuple(Job)
+NO_CHOICE = -1  # in place of the number of experts that a scout is to choose
 PROFILE = ("count_LE", "weight_LE", "score_LE", "token_L")
 
 
@@ -33,7 +35,7 @@ def encode_assignment(assignment: Assignment) -> bytes:
 def decode_assignment(raw: bytes) -> Assignment:
     """Raises ValueError: not an assignment, or one whose names or numbers make no sense."""
     tensors = _read(raw)
-    round, job, validate, evaluate = _head(tensors, 4)
+    round, job, validate, evaluate, choose = _head(tensors, 5)
     if not 0 <= job < len(JOBS):
         raise ValueError(f"job must be between 0 and {len(JOBS) - 1}, got {job}")
     held = tensors.pop("sub_moe", None)
@@ -41,7 +43,10 @@ def decode_assignment(raw: bytes) -> Assignment:
         raise ValueError("sub_moe must be an int32 table with 2 columns")
     if round < 0 or bool((held < 0).any()):
         raise ValueError("an assignment's round and experts must be numbered from 0")
+    if choose == 0 or choose < NO_CHOICE:
+        raise ValueError(f"choose must be at least 1 expert, or {NO_CHOICE} for none, got {choose}")
     rows = _by_expert(tensors, "rows/")
+    once, extra = _under(tensors, "once/"), _under(tensors, "extra/")
     return Assignment(
         round,
         _model(tensors),
@@ -50,6 +55,9 @@ def decode_assignment(raw: bytes) -> Assignment:
         bool(validate),
         bool(evaluate),
         rows,
+        once,
+        extra,
+        None if choose == NO_CHOICE else choose,
     )
 
 
@@ -72,7 +80,8 @@ def decode_update(raw: bytes) -> ClientUpdate:
             raise ValueError(f"{name} must be one float64 number, got {value.dtype} of shape "
                              f"{tuple(value.shape)}")
         metrics[name.removeprefix("metric/")] = float(value)
-    return ClientUpdate(client, num_examples, _model(tensors), profile, metrics)
+    extra = _under(tensors, "extra/")
+    return ClientUpdate(client, num_examples, _model(tensors), profile, metrics, extra)
 
 
 def message_bytes(message: Assignment | ClientUpdate) -> int:
@@ -106,9 +115,11 @@ def _header_bytes(signature: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...
 
 
 def _assignment_tensors(a: Assignment) -> dict[str, Tensor]:
-    head = torch.tensor([a.round, JOBS.index(a.job), int(a.validate), int(a.evaluate)])
+    choose = NO_CHOICE if a.choose is None else a.choose
+    head = torch.tensor([a.round, JOBS.index(a.job), int(a.validate), int(a.evaluate), choose])
     held = torch.tensor(sorted(a.sub_moe), dtype=torch.int32).reshape(-1, 2)
-    own = {"head": head, "sub_moe": held}
+    own = {"head": head, "sub_moe": held} | _prefixed("once/", a.once)
+    own |= _prefixed("extra/", a.extra)
     return own | model_tensors(a.model) | _named("rows/", a.absent_rows)
 
 
@@ -116,7 +127,15 @@ def _update_tensors(u: ClientUpdate) -> dict[str, Tensor]:
     own = {"head": torch.tensor([u.client, u.num_examples])}
     own |= {name: getattr(u.profile, name) for name in PROFILE}
     own |= {f"metric/{n}": torch.tensor(v, dtype=torch.float64) for n, v in u.metrics.items()}
-    return own | model_tensors(u.model)
+    return own | _prefixed("extra/", u.extra) | model_tensors(u.model)
+
+
+def _prefixed(prefix: str, state: State) -> dict[str, Tensor]:
+    return {prefix + n: t for n, t in state.items()}
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): tensors.pop(n) for n in _starting(tensors, prefix)}
 
 
 def _named(prefix: str, experts: Mapping[ExpertId, State]) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ def test_a_damaged_file_of_a_client_is_its_failure(tmp_path):
 
 
 def test_a_plan_with_personal_parameters_needs_a_place_for_them():
-    with pytest.raises(ValueError, match="store must not be None for a plan with personal"):
+    with pytest.raises(ValueError, match="store must not be None for a plan under which"):
         in_process(tiny, client_data, PERSONAL, seed=0)
 
 

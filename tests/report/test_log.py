@@ -47,6 +47,7 @@ FULL = RoundRecord(
     global_accuracy=0.125,
     memory_bytes={0: 4096},
     model_hash="ab12",
+    unseen={7: {"served_test": 0.5, "bytes_down": 12.0}},
 )
 
 
@@ -187,13 +188,20 @@ def test_a_wrong_field_is_named_with_its_file_line_and_value(
         read_run(two_rounds.directory)
 
 
-@pytest.mark.parametrize("field", sorted(FULL.to_json()))
+@pytest.mark.parametrize("field", sorted(FULL.to_json().keys() - {"unseen"}))
 def test_a_missing_field_is_named(two_rounds: RunLog, field: str) -> None:
     first, second = map(json.loads, two_rounds.path.read_text().splitlines())
     del first[field]
     two_rounds.path.write_text(json.dumps(first) + "\n" + json.dumps(second) + "\n")
     with pytest.raises(LogError, match=rf"line 1: field '{field}' is missing"):
         read_run(two_rounds.directory)
+
+
+def test_a_log_from_before_there_were_unseen_clients_is_read(log: RunLog) -> None:
+    first = FULL.to_json()
+    assert first.pop("unseen")
+    log.path.write_text(json.dumps(first) + "\n")
+    assert read_run(log.directory).rounds[0].unseen == {}
 
 
 def test_fields_that_a_later_writer_added_are_ignored(log: RunLog) -> None:

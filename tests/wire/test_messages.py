@@ -60,6 +60,9 @@ assignments = st.builds(
     st.booleans(),
     st.booleans(),
     by_expert,
+    parts,
+    parts,
+    st.none() | st.integers(1, 9),
 )
 
 
@@ -79,6 +82,7 @@ updates = st.builds(
     models,
     profiles(),
     st.dictionaries(names, st.floats(), max_size=3),
+    parts,
 )
 
 
@@ -91,8 +95,10 @@ def same_profile(a, b):
 
 def same_assignment(a, b):
     return (
-        (a.round, a.sub_moe, a.job, a.validate, a.evaluate)
-        == (b.round, b.sub_moe, b.job, b.validate, b.evaluate)
+        (a.round, a.sub_moe, a.job, a.validate, a.evaluate, a.choose)
+        == (b.round, b.sub_moe, b.job, b.validate, b.evaluate, b.choose)
+        and state_hash(MoEState(a.once, {})) == state_hash(MoEState(b.once, {}))
+        and state_hash(MoEState(a.extra, {})) == state_hash(MoEState(b.extra, {}))
         and state_hash(a.model) == state_hash(b.model)
         and state_hash(MoEState({}, a.absent_rows)) == state_hash(MoEState({}, b.absent_rows))
     )
@@ -102,6 +108,7 @@ def same_update(a, b):
     return (
         (a.client, a.num_examples) == (b.client, b.num_examples)
         and state_hash(a.model) == state_hash(b.model)
+        and state_hash(MoEState(a.extra, {})) == state_hash(MoEState(b.extra, {}))
         and same_profile(a.profile, b.profile)
         and a.metrics.keys() == b.metrics.keys()
         and all(v == b.metrics[n] or math.isnan(v) for n, v in a.metrics.items())
@@ -263,24 +270,26 @@ def blob(message, **changes):
 
 
 def test_an_update_is_no_assignment_and_the_other_way_round():
-    with pytest.raises(ValueError, match="head must be 4 int64 numbers"):
+    with pytest.raises(ValueError, match="head must be 5 int64 numbers"):
         decode_assignment(encode_update(MESSAGES["trained"]))
     with pytest.raises(ValueError, match="head must be 2 int64 numbers"):
         decode_update(encode_assignment(MESSAGES["train"]))
 
 
 SMALL = Assignment(0, one_layer(1.0, 2.0), frozenset({ExpertId(0, 0)}))
-HEAD = torch.tensor([0, 0, 0, 0])
+HEAD = torch.tensor([0, 0, 0, 0, -1])
 
 
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"head": None}, "head must be 4 int64 numbers"),
-        ({"head": HEAD.int()}, "head must be 4 int64 numbers"),
-        ({"head": torch.tensor([-1, 0, 0, 0])}, "must be numbered from 0"),
-        ({"head": torch.tensor([0, 3, 0, 0])}, "job must be between 0 and 2, got 3"),
-        ({"head": torch.tensor([0, -1, 0, 0])}, "job must be between 0 and 2, got -1"),
+        ({"head": None}, "head must be 5 int64 numbers"),
+        ({"head": HEAD.int()}, "head must be 5 int64 numbers"),
+        ({"head": torch.tensor([-1, 0, 0, 0, -1])}, "must be numbered from 0"),
+        ({"head": torch.tensor([0, 4, 0, 0, -1])}, "job must be between 0 and 3, got 4"),
+        ({"head": torch.tensor([0, -1, 0, 0, -1])}, "job must be between 0 and 3, got -1"),
+        ({"head": torch.tensor([0, 0, 0, 0, 0])}, "choose must be at least 1 expert"),
+        ({"head": torch.tensor([0, 0, 0, 0, -2])}, "choose must be at least 1 expert"),
         ({"sub_moe": None}, "sub_moe must be an int32 table with 2 columns"),
         ({"sub_moe": torch.zeros(2, 3).int()}, "sub_moe must be an int32 table"),
         ({"sub_moe": torch.zeros(2, 2, dtype=torch.complex64)}, "sub_moe must be an int32 table"),
