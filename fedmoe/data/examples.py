@@ -5,7 +5,7 @@ Shape suffixes: N examples; the rest of an input's shape is the source's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedmoe.data.partition import Indices, Parts, partition_hash
 from fedmoe.types import ClientInfo
 
 
@@ -36,17 +37,56 @@ class ClientData:
 class FederatedData:
     """A protocol's clients and their data, which are only made by `load`.
 
-    `load(client)` gives float32 inputs, the same ones at every call, and raises ValueError for
-    a client that the protocol does not have. `groups` says which clients are of a kind. The
-    server never sees it: it is for controls and for the report.
+    `load(client)` gives float32 inputs, or uint8 where they are codes of symbols, the same ones at
+    every call, and raises ValueError for a client that the protocol does not have. `groups` says
+    which clients are of a kind. The server never sees it: it is for controls and for the report.
     """
 
     name: str
-    clients: tuple[ClientInfo, ...]
+    clients: tuple[ClientInfo, ...]  # who trains; ids 0, 1, ...
     load: Callable[[int], ClientData]
     num_classes: int
     partition_hash: str  # which example is whose, see fedmoe.data.partition.partition_hash
     groups: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
+    # Who never trains and only comes afterwards; `load` has their data, and ids go on from those
+    # of `clients`.
+    unseen: tuple[ClientInfo, ...] = ()
+
+
+def share_out(
+    name: str,
+    parts: Sequence[Parts],
+    take: Callable[[int, Indices], Examples],
+    num_classes: int,
+    *,
+    groups: Mapping[int, str] | None = None,
+    num_unseen: int = 0,
+) -> FederatedData:
+    """Clients 0, 1, ... over their parts, of whom the last `num_unseen` never train.
+
+    Args:
+        parts: for each client the indices of its train, validation and test examples.
+        take: makes a client's examples from indices.
+    """
+
+    def load(client: int) -> ClientData:
+        if not 0 <= client < len(parts):
+            raise ValueError(f"client must be between 0 and {len(parts) - 1}, got {client}")
+        data = ClientData(*(take(client, index_N) for index_N in parts[client]))
+        check_client_data(client, data, num_classes)
+        return data
+
+    infos = tuple(ClientInfo(c, num_examples=len(train)) for c, (train, _, _) in enumerate(parts))
+    num_seen = len(parts) - num_unseen
+    return FederatedData(
+        name,
+        infos[:num_seen],
+        load,
+        num_classes,
+        partition_hash(parts),
+        MappingProxyType(dict(groups or {})),
+        infos[num_seen:],
+    )
 
 
 def check_client_data(client: int, data: ClientData, num_classes: int) -> None:

@@ -1,15 +1,21 @@
-"""The two ways in which fedmoe's experiments share Fashion-MNIST out over clients.
+"""The ways in which fedmoe's experiments share images out over clients.
 
 `domains`: clients of four kinds, each of which sees the clothes in its own way and counts the
 classes in its own order, so that one model for all must fail and experts can tell them apart.
+`two_domains`: clients with digits and clients with clothes, where a label means one or the other.
 `published`: the setting of published leaderboards, skewed labels on all 70,000 images.
+`dirichlet`: the same for any skew and number of clients.
+`heldout`: clients with a few labels each, and others who come later with labels in combinations
+that nobody had.
 
 Shape suffixes: N examples; images are (N, 28, 28) as stored and (N, 1, 28, 28) as loaded.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -19,10 +25,11 @@ import torch
 from torch import Tensor
 
 from fedmoe.data import partition as partitions
-from fedmoe.data.examples import ClientData, Examples, FederatedData, check_client_data
-from fedmoe.data.fashion import NUM_CLASSES, load_fashion_mnist
+from fedmoe.data.examples import Examples, FederatedData, share_out
+from fedmoe.data.fashion import load_fashion_mnist
+from fedmoe.data.idx import NUM_CLASSES
+from fedmoe.data.mnist import load_mnist
 from fedmoe.data.partition import Indices, Parts
-from fedmoe.types import ClientInfo
 
 DOMAINS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
@@ -39,8 +46,11 @@ _MEAN, _STD = 0.286, 0.353
 # So that a client's quarter for testing has at least 10 images.
 _LEAST_PUBLISHED = 40
 
+# Of each label's images; `heldout` gives them to no client.
+_ENCODER_SHARE = 0.3
+
 # Each use of the seed draws from a stream of its own.
-_IMAGES, _LABEL_ORDERS, _PARTS = range(3)
+_IMAGES, _LABEL_ORDERS, _PARTS, _LABEL_SETS = range(4)
 
 
 def domains(
@@ -64,21 +74,10 @@ def domains(
     Raises:
         ValueError: the clients need more images than there are, or a count is below its limit.
     """
-    counts = {"train": train, "validation": validation, "test": test, "num_clients": num_clients}
-    for name, count in counts.items():
-        least = 1 if name in ("train", "num_clients") else 0
-        if count < least:
-            raise ValueError(f"{name} must be at least {least}, got {count}")
+    counts = _checked_counts(train, validation, test, num_clients)
     source = _checked_source(load_fashion_mnist(folder) if source is None else source)
-    num_each = train + validation + test
-    if num_each * num_clients > len(source.y):
-        raise ValueError(
-            f"num_clients must be at most {len(source.y) // num_each} ({len(source.y)} images, "
-            f"{num_each} a client), got {num_clients}; lower it, or train, validation or test"
-        )
     rng = np.random.default_rng([seed, _IMAGES])
-    drawn = rng.permutation(len(source.y))[: num_each * num_clients].reshape(num_clients, -1)
-    parts = tuple(partitions.split(row, (train, validation, test), rng) for row in drawn)
+    parts = _equal_parts(len(source.y), num_clients, counts, rng)
     order_rng = np.random.default_rng([seed, _LABEL_ORDERS])
     new_label = {
         domain: torch.from_numpy(order_rng.permutation(NUM_CLASSES).astype(np.int64))
@@ -93,7 +92,46 @@ def domains(
             _normalised(DOMAINS[domain](source.x[row_N])), new_label[domain][source.y[row_N]]
         )
 
-    return _federated("domains", parts, take, groups)
+    return share_out("domains", parts, take, NUM_CLASSES, groups=groups)
+
+
+def two_domains(
+    seed: int,
+    *,
+    train: int = 200,
+    validation: int = 100,
+    test: int = 300,
+    num_clients: int = 24,
+    sources: Mapping[str, Examples] | None = None,
+) -> FederatedData:
+    """Clients with MNIST's digits and clients with Fashion-MNIST's clothes, in turns.
+
+    Even clients have digits, odd ones clothes. Both count their classes from 0 to 9, so label 3
+    is the digit 3 for one half and a dress for the other, which needs no drawn order of labels.
+    Images are drawn without replacement, and normalised alike: the client does not say which
+    domain it is in. `groups` knows.
+
+    `sources` stands in for "mnist" and "fashion-mnist": uint8 images (N, 28, 28) and labels 0 to 9.
+
+    Raises:
+        ValueError: the clients need more images than there are, or a count is below its limit.
+    """
+    counts = _checked_counts(train, validation, test, num_clients)
+    if sources is None:
+        sources = {"mnist": load_mnist(), "fashion-mnist": load_fashion_mnist()}
+    checked = {name: _checked_source(source) for name, source in sources.items()}
+    groups = {c: tuple(checked)[c % len(checked)] for c in range(num_clients)}
+    drawn = {}
+    for d, (name, source) in enumerate(checked.items()):
+        num_members = len(range(d, num_clients, len(checked)))
+        rng = np.random.default_rng([seed, _IMAGES, d])
+        drawn[name] = iter(_equal_parts(len(source.y), num_members, counts, rng))
+    parts = tuple(next(drawn[groups[c]]) for c in range(num_clients))
+
+    def take(client: int, index_N: Indices) -> Examples:
+        return _as_stored(checked[groups[client]], index_N)
+
+    return share_out("two-domains", parts, take, NUM_CLASSES, groups=groups)
 
 
 def published(
@@ -114,55 +152,216 @@ def published(
     `share` draws that share of each label's images first; 0.2 is the published fifth. `source`
     stands in for Fashion-MNIST: uint8 images (N, 28, 28) and labels 0 to 9.
     """
+    match partition:
+        case "dirichlet":
+            cut = _dirichlet_cut(seed, num_clients, 0.1, _LEAST_PUBLISHED)
+        case "pathological":
+            cut = partial(
+                partitions.pathological, num_clients=num_clients, labels_per_client=2, seed=seed
+            )
+        case _:
+            raise ValueError(f"partition must be 'dirichlet' or 'pathological', got {partition!r}")
+    size = "" if share == 1 else f"{share:g}-"
+    return _skewed(f"published-{size}{partition}", seed, cut, share, folder, source)
+
+
+def dirichlet(
+    seed: int,
+    alpha: float,
+    *,
+    num_clients: int = 20,
+    share: float = 1.0,
+    min_examples: int | None = None,
+    folder: Path | None = None,
+    source: Examples | None = None,
+) -> FederatedData:
+    """As `published`, for any number of clients and any skew of labels: a small alpha is strong.
+
+    Every client has at least `min_examples` images: as published 40, but 10 with more than 20
+    clients, since a strong skew over many leaves some with little.
+
+    Raises:
+        ValueError: also where no draw of eleven gives every client so many.
+    """
+    if min_examples is None:
+        min_examples = _LEAST_PUBLISHED if num_clients <= 20 else 10
+    cut = _dirichlet_cut(seed, num_clients, alpha, min_examples)
+    size = "" if share == 1 else f"{share:g}-"
+    name = f"{size}dirichlet-{alpha:g}-over-{num_clients}"
+    return _skewed(name, seed, cut, share, folder, source)
+
+
+def heldout(
+    seed: int,
+    *,
+    num_clients: int = 30,
+    unseen: int = 10,
+    labels: int = 4,
+    anchors: int = 5,
+    train: int = 300,
+    validation: int = 60,
+    test: int = 240,
+    folder: Path | None = None,
+    source: Examples | None = None,
+) -> FederatedData:
+    """Clients with a few labels each; the unseen ones' combinations of labels are nobody else's.
+
+    The question of FedJETs (arXiv:2306.08586, partition A). Clients 0 to `anchors` - 1 have
+    10 / `anchors` labels each, and together every label once. All others have `labels` each,
+    drawn from the seed, in combinations that all differ. The `unseen` clients, whose numbers go on
+    from the last of the `num_clients`, never train. Labels have equal shares of each part, to one
+    image. The paper draws images with replacement, so that clients may share them; here no two do,
+    nor does the set of `heldout_encoder_images`. `groups` has each client's labels, as "0+3+5+9",
+    which the server never sees.
+
+    Raises:
+        ValueError: there are too few combinations or images, or a count is below its limit.
+    """
+    counts = _checked_counts(train, validation, test, num_clients)
+    source = _checked_source(load_fashion_mnist(folder) if source is None else source)
+    label_sets = _label_sets(seed, num_clients, unseen, labels, anchors)
+    rows = {label: iter(own) for label, (_, own) in _label_pools(seed, source.y).items()}
+
+    def draw(label_set: tuple[int, ...], count: int) -> Indices:
+        drawn: list[int] = []
+        for i, label in enumerate(label_set):
+            wanted = (count + len(label_set) - 1 - i) // len(label_set)
+            taken = list(itertools.islice(rows[label], wanted))
+            if len(taken) < wanted:
+                raise ValueError(
+                    f"train, validation and test ({train}, {validation}, {test}) ask for more "
+                    f"images of label {label} than clients can have; lower them, num_clients "
+                    f"({num_clients}) or unseen ({unseen})"
+                )
+            drawn += taken
+        return np.sort(np.array(drawn, dtype=np.int64))
+
+    parts: list[Parts] = []
+    for label_set in label_sets:
+        first, second, third = (draw(label_set, count) for count in counts)
+        parts.append((first, second, third))
+
+    def take(client: int, index_N: Indices) -> Examples:
+        return _as_stored(source, index_N)
+
+    groups = {c: "+".join(map(str, label_set)) for c, label_set in enumerate(label_sets)}
+    return share_out("heldout", parts, take, NUM_CLASSES, groups=groups, num_unseen=unseen)
+
+
+def heldout_encoder_images(
+    seed: int, count: int, *, folder: Path | None = None, source: Examples | None = None
+) -> Examples:
+    """Images that no client of `heldout(seed)` has, whatever else it is asked: for an encoder.
+
+    They are three tenths of each label's. The first `count` in an order drawn from the seed, so
+    that fewer are a part of more; normalised float32 (count, 1, 28, 28), labels 0 to 9.
+
+    Raises:
+        ValueError: `count` is more than there are.
+    """
+    source = _checked_source(load_fashion_mnist(folder) if source is None else source)
+    kept = np.concatenate([put_aside for put_aside, _ in _label_pools(seed, source.y).values()])
+    if not 1 <= count <= len(kept):
+        raise ValueError(
+            f"count must be between 1 and the {len(kept)} images that no client has, got {count}"
+        )
+    order = np.random.default_rng([seed, _PARTS]).permutation(kept)
+    return _as_stored(source, order[:count])
+
+
+def _label_sets(
+    seed: int, num_clients: int, unseen: int, labels: int, anchors: int
+) -> list[tuple[int, ...]]:
+    """Each client's labels, ascending: anchors, other training clients, unseen clients."""
+    if not 1 <= anchors <= min(num_clients, NUM_CLASSES) or NUM_CLASSES % anchors:
+        raise ValueError(
+            f"anchors must divide the {NUM_CLASSES} labels and be at most num_clients "
+            f"({num_clients}), got {anchors}"
+        )
+    if not 1 <= labels <= NUM_CLASSES:
+        raise ValueError(f"labels must be between 1 and {NUM_CLASSES}, got {labels}")
+    if unseen < 0:
+        raise ValueError(f"unseen must be at least 0, got {unseen}")
+    rng = np.random.default_rng([seed, _LABEL_SETS])
+    tiles = np.sort(rng.permutation(NUM_CLASSES).reshape(anchors, -1), axis=1)
+    anchor_sets = [tuple(int(label) for label in tile) for tile in tiles]
+    others = [s for s in itertools.combinations(range(NUM_CLASSES), labels) if s not in anchor_sets]
+    num_others = num_clients - anchors + unseen
+    if num_others > len(others):
+        raise ValueError(
+            f"num_clients - anchors + unseen must be at most {len(others)}, the combinations of "
+            f"{labels} labels that no anchor has, got {num_others}; lower num_clients or unseen, "
+            f"or change labels"
+        )
+    return anchor_sets + [others[i] for i in rng.permutation(len(others))[:num_others]]
+
+
+def _label_pools(seed: int, label_N: Tensor) -> dict[int, tuple[Indices, Indices]]:
+    """For each label, the images put aside for an encoder and those for clients, in drawn order."""
+    rng = np.random.default_rng([seed, _IMAGES])
+    pools = {}
+    for label in range(NUM_CLASSES):
+        drawn = rng.permutation(np.flatnonzero(label_N.numpy() == label))
+        cut = round(_ENCODER_SHARE * len(drawn))
+        pools[label] = drawn[:cut], drawn[cut:]
+    return pools
+
+
+def _equal_parts(
+    num_images: int, num_clients: int, counts: tuple[int, int, int], rng: np.random.Generator
+) -> tuple[Parts, ...]:
+    """Images drawn without replacement, as many for each client and part."""
+    num_each = sum(counts)
+    if num_each * num_clients > num_images:
+        raise ValueError(
+            f"num_clients must be at most {num_images // num_each} ({num_images} images, "
+            f"{num_each} a client), got {num_clients}; lower it, or train, validation or test"
+        )
+    drawn = rng.permutation(num_images)[: num_each * num_clients].reshape(num_clients, num_each)
+    return tuple(partitions.split(row, counts, rng) for row in drawn)
+
+
+def _dirichlet_cut(
+    seed: int, num_clients: int, alpha: float, min_examples: int
+) -> Callable[[Indices], tuple[Indices, ...]]:
+    return partial(
+        partitions.dirichlet,
+        num_clients=num_clients,
+        alpha=alpha,
+        seed=seed,
+        min_examples=min_examples,
+    )
+
+
+def _skewed(
+    name: str,
+    seed: int,
+    cut: Callable[[Indices], tuple[Indices, ...]],
+    share: float,
+    folder: Path | None,
+    source: Examples | None,
+) -> FederatedData:
+    """A share of all images over clients as `cut` has it by label, then each client's parts."""
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
     source = _checked_source(load_fashion_mnist(folder) if source is None else source)
     index_N = _stratified(source.y.numpy(), share, np.random.default_rng([seed, _IMAGES]))
-    label_N = source.y.numpy()[index_N]
-    match partition:
-        case "dirichlet":
-            held = partitions.dirichlet(label_N, num_clients, 0.1, seed, _LEAST_PUBLISHED)
-        case "pathological":
-            held = partitions.pathological(label_N, num_clients, 2, seed)
-        case _:
-            raise ValueError(f"partition must be 'dirichlet' or 'pathological', got {partition!r}")
     rng = np.random.default_rng([seed, _PARTS])
     parts = tuple(
-        partitions.split(index_N[rows], (0.75 * 0.9, 0.75 * 0.1, 0.25), rng) for rows in held
+        partitions.split(index_N[rows], (0.75 * 0.9, 0.75 * 0.1, 0.25), rng)
+        for rows in cut(source.y.numpy()[index_N])
     )
 
     def take(client: int, index_N: Indices) -> Examples:
-        row_N = torch.from_numpy(index_N)
-        return Examples(_normalised(source.x[row_N]), source.y[row_N])
+        return _as_stored(source, index_N)
 
-    size = "" if share == 1 else f"{share:g}-"
-    return _federated(f"published-{size}{partition}", parts, take, {})
+    return share_out(name, parts, take, NUM_CLASSES)
 
 
-def _federated(
-    name: str,
-    parts: tuple[Parts, ...],
-    take: Callable[[int, Indices], Examples],
-    groups: Mapping[int, str],
-) -> FederatedData:
-    """Clients 0, 1, ... over their parts; `take` makes a client's examples from indices."""
-
-    def load(client: int) -> ClientData:
-        if not 0 <= client < len(parts):
-            raise ValueError(f"client must be between 0 and {len(parts) - 1}, got {client}")
-        data = ClientData(*(take(client, index_N) for index_N in parts[client]))
-        check_client_data(client, data, NUM_CLASSES)
-        return data
-
-    clients = tuple(ClientInfo(c, num_examples=len(train)) for c, (train, _, _) in enumerate(parts))
-    return FederatedData(
-        name,
-        clients,
-        load,
-        NUM_CLASSES,
-        partitions.partition_hash(parts),
-        MappingProxyType(dict(groups)),
-    )
+def _as_stored(source: Examples, index_N: Indices) -> Examples:
+    """These images, normalised, under the labels that they have in the source."""
+    row_N = torch.from_numpy(index_N)
+    return Examples(_normalised(source.x[row_N]), source.y[row_N])
 
 
 def _normalised(image_NHW: Tensor) -> Tensor:
@@ -181,6 +380,17 @@ def _stratified(
         rows = np.flatnonzero(label_N == label)
         kept.append(rng.choice(rows, size=round(share * len(rows)), replace=False))
     return np.sort(np.concatenate(kept))
+
+
+def _checked_counts(
+    train: int, validation: int, test: int, num_clients: int
+) -> tuple[int, int, int]:
+    counts = {"train": train, "validation": validation, "test": test, "num_clients": num_clients}
+    for name, count in counts.items():
+        least = 1 if name in ("train", "num_clients") else 0
+        if count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count}")
+    return train, validation, test
 
 
 def _checked_source(source: Examples) -> Examples:

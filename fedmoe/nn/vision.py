@@ -9,10 +9,12 @@ Shape suffixes: N images, C channels, P patches, D width.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fedmoe.nn.classifier import StemAndHead, moe_head
 from fedmoe.nn.experts.ffn import FFN
 from fedmoe.nn.gates.topk import GateMass, TopKGate
 from fedmoe.nn.init import seeded
@@ -21,18 +23,7 @@ from fedmoe.nn.transformer import Block
 
 CNN_WIDTH = 1024  # 64 channels of 4 x 4 after two convolutions and poolings of 28 x 28
 
-
-class StemAndHead(nn.Module):
-    """A body that makes features, and a head that classifies them."""
-
-    def __init__(self, stem: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.stem = stem
-        self.head = head
-
-    def forward(self, image_NCHW: Tensor) -> Tensor:
-        logit_NO: Tensor = self.head(self.stem(image_NCHW))
-        return logit_NO
+Norm = Literal["none", "batch"]
 
 
 def fashion_cnn(
@@ -42,41 +33,58 @@ def fashion_cnn(
     num_classes: int = 10,
     seed: int = 0,
     gate_mass: GateMass = "renormalise",
+    norm: Norm = "none",
 ) -> StemAndHead:
     """`dense_cnn` with its hidden layer cut into `num_experts` experts of width `hidden`.
 
     Each expert has its own slice of the classifier, so the MoE layer's output is the logits.
-    Takes (N, 1, 28, 28).
+    Takes (N, 1, 28, 28). `norm` is that of the convolutions.
     """
 
     def build() -> StemAndHead:
-        experts = {e: FFN(CNN_WIDTH, hidden, num_classes) for e in range(num_experts)}
-        gate = TopKGate(CNN_WIDTH, num_experts, k, gate_mass=gate_mass)
-        return StemAndHead(ConvStem(), MoE(gate, experts, num_experts))
+        head = moe_head(CNN_WIDTH, hidden, num_classes, num_experts, k, gate_mass)
+        return StemAndHead(ConvStem(norm=norm), head)
 
     return seeded(build, seed)
 
 
-def dense_cnn(num_classes: int = 10, hidden: int = 512, seed: int = 0) -> StemAndHead:
+def dense_cnn(
+    num_classes: int = 10,
+    hidden: int = 512,
+    seed: int = 0,
+    channels: tuple[int, int] = (32, 64),
+) -> StemAndHead:
     """Two convolutions and one hidden layer: 582,026 parameters at the defaults."""
-    return seeded(lambda: StemAndHead(ConvStem(), FFN(CNN_WIDTH, hidden, num_classes)), seed)
+
+    def build() -> StemAndHead:
+        return StemAndHead(ConvStem(channels), FFN(16 * channels[1], hidden, num_classes))
+
+    return seeded(build, seed)
 
 
 class ConvStem(nn.Module):
-    """Two convolutions of 5 x 5, each pooled to half its size: (N, 1, 28, 28) -> (N, 1024)."""
+    """Two convolutions of 5 x 5, each pooled to half its size: (N, 1, 28, 28) -> (N, 1024).
 
-    def __init__(self) -> None:
+    With other `channels` it is 16 times the second number; `norm` follows each convolution.
+    """
+
+    def __init__(self, channels: tuple[int, int] = (32, 64), norm: Norm = "none") -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 5)
-        self.conv2 = nn.Conv2d(32, 64, 5)
+        if norm not in ("none", "batch"):
+            raise ValueError(f'norm must be "none" or "batch", got {norm!r}')
+        first, second = channels
+        self.conv1 = nn.Conv2d(1, first, 5)
+        self.conv2 = nn.Conv2d(first, second, 5)
+        self.norm1 = nn.BatchNorm2d(first) if norm == "batch" else nn.Identity()
+        self.norm2 = nn.BatchNorm2d(second) if norm == "batch" else nn.Identity()
         # A third of a training step on a CPU is saved by this layout, and by pooling before the
         # ReLU, which commutes with it.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, image_NCHW: Tensor) -> Tensor:
         x = image_NCHW.contiguous(memory_format=torch.channels_last)
-        for conv in (self.conv1, self.conv2):
-            x = nn.functional.max_pool2d(conv(x), 2).relu()
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            x = nn.functional.max_pool2d(norm(conv(x)), 2).relu()
         return x.flatten(1)
 
 

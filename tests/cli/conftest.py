@@ -49,7 +49,7 @@ import fedmoe.exchange.inprocess
 import fedmoe.experiments.run
 from fedmoe.data.examples import Examples
 from fedmoe.data.protocols import domains
-from fedmoe.experiments.fashion import methods
+from fedmoe.experiments.methods import core_methods
 from fedmoe.federated.fedmoe import FedMoE
 from fedmoe.federated.local import LocalPlan, Phase, private_router
 from fedmoe.federated.rounds import Schedule
@@ -67,7 +67,7 @@ def tiny(seed: int = 0, rounds: int = 2, share: float = 0.5, k: int = 2, lr: flo
     data = domains(seed, train=40, validation=20, test=20, num_clients=4, source=Examples(x, y))
     plan = LocalPlan((Phase(epochs=1),), lr=lr, batch_size=20, balance=0.01)
     factory = partial(fashion_cnn, num_experts=4, hidden=8, k=k, seed=seed)
-    runs = methods(
+    runs = core_methods(
         "tiny", data, factory, plan, Schedule(rounds, seed), (share,), FedMoE(seed=seed)
     )
     base = runs["fedmoe"]

@@ -5,19 +5,35 @@ import pytest
 import torch
 
 from fedmoe.data.examples import Examples, FederatedData
-from fedmoe.data.protocols import DOMAINS, domains, published
+from fedmoe.data.protocols import (
+    DOMAINS,
+    dirichlet,
+    domains,
+    heldout,
+    heldout_encoder_images,
+    published,
+    two_domains,
+)
 
 
-def numbered(n: int = 3_000) -> Examples:
+def numbered(n: int = 3_000, first: int = 0) -> Examples:
     """Images that can be told apart: two pixels of the top row number them, one marks top right."""
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 250, (n, 28, 28), np.uint8))
-    image[:, 0, 0] = torch.arange(n) // 256
-    image[:, 0, 1] = torch.arange(n) % 256
+    number = torch.arange(first, first + n)
+    image[:, 0, 0] = number // 256
+    image[:, 0, 1] = number % 256
     image[:, 0, 27] = 255
-    return Examples(image, torch.arange(n) % 10)
+    return Examples(image, number % 10)
 
 
 SOURCE = numbered()
+TWO_SOURCES = {"mnist": SOURCE, "fashion-mnist": numbered(2_500, first=3_000)}
+
+
+@pytest.fixture(scope="session")
+def many() -> Examples:
+    """As many images as Fashion-MNIST has, all black: only their number matters."""
+    return Examples(torch.zeros(70_000, 28, 28, dtype=torch.uint8), torch.arange(70_000) % 10)
 
 
 def small_domains(seed: int = 0, num_clients: int = 8) -> FederatedData:
@@ -26,10 +42,19 @@ def small_domains(seed: int = 0, num_clients: int = 8) -> FederatedData:
     )  # fmt: skip
 
 
+def small_heldout(seed: int = 0, **changes: int) -> FederatedData:
+    sizes = {"num_clients": 12, "unseen": 6, "train": 30, "validation": 8, "test": 24}
+    return heldout(seed, **{**sizes, **changes}, source=SOURCE)
+
+
+def everybody(data: FederatedData) -> list[int]:
+    return [c.id for c in (*data.clients, *data.unseen)]
+
+
 def as_stored(image_N1HW: torch.Tensor, domain: str) -> torch.Tensor:
     """Normalised images back to bytes as the source has them: each transform undoes itself."""
     byte = ((image_N1HW * 0.353 + 0.286) * 255).round().to(torch.uint8).squeeze(1)
-    return DOMAINS[domain](byte)
+    return DOMAINS.get(domain, DOMAINS["upright"])(byte)
 
 
 def source_rows(examples: Examples, domain: str = "upright") -> torch.Tensor:
@@ -39,6 +64,11 @@ def source_rows(examples: Examples, domain: str = "upright") -> torch.Tensor:
 
 EVERY_PROTOCOL = {
     "domains": small_domains,
+    "two domains": lambda seed=0: two_domains(
+        seed, train=20, validation=10, test=30, num_clients=7, sources=TWO_SOURCES
+    ),
+    "dirichlet": lambda seed=0: dirichlet(seed, 0.5, num_clients=9, share=0.8, source=SOURCE),
+    "heldout": lambda seed=0: small_heldout(seed),
     "published dirichlet": lambda seed=0: published(
         seed, partition="dirichlet", num_clients=8, source=SOURCE
     ),
@@ -56,9 +86,9 @@ every_protocol = pytest.mark.parametrize("make", EVERY_PROTOCOL.values(), ids=EV
 def test_no_image_is_used_twice(make):
     data = make()
     seen = [
-        source_rows(part, data.groups.get(c.id, "upright"))
-        for c in data.clients
-        for part in vars(data.load(c.id)).values()
+        source_rows(part, data.groups.get(c, "upright"))
+        for c in everybody(data)
+        for part in vars(data.load(c)).values()
     ]
     rows = torch.cat(seen)
     assert len(rows.unique()) == len(rows)
@@ -94,11 +124,10 @@ def test_the_hash_names_the_partition(make):
 @every_protocol
 def test_the_server_knows_sizes_and_no_task(make):
     data = make()
-    assert [c.id for c in data.clients] == list(range(len(data.clients)))
-    assert [c.num_examples for c in data.clients] == [
-        len(data.load(c.id).train.y) for c in data.clients
-    ]
-    assert all(c.task is None and c.memory_bytes is None for c in data.clients)
+    known = (*data.clients, *data.unseen)
+    assert [c.id for c in known] == list(range(len(known)))
+    assert [c.num_examples for c in known] == [len(data.load(c.id).train.y) for c in known]
+    assert all(c.task is None and c.memory_bytes is None for c in known)
 
 
 @every_protocol
@@ -197,6 +226,173 @@ def test_domains_that_cannot_be_filled_are_refused(change, said):
         domains(0, source=SOURCE, **change)
 
 
+@pytest.mark.parametrize("train", [50, 200, 1_000])
+def test_fashion_mnist_has_images_for_24_clients_of(train, many):
+    data = domains(0, train=train, source=many)
+    parts = vars(data.load(23)).values()
+    assert [len(p.y) for p in parts] == [train, 100, 300]
+
+
+# --- two domains
+
+
+def test_even_clients_have_digits_and_odd_ones_clothes_each_under_its_own_labels():
+    data = EVERY_PROTOCOL["two domains"]()
+    for c in range(7):
+        assert data.groups[c] == ("mnist", "fashion-mnist")[c % 2]
+        train = data.load(c).train
+        rows = source_rows(train)
+        assert (rows >= 3_000).all() if c % 2 else (rows < 3_000).all()
+        assert torch.equal(train.y, rows % 10)
+
+
+def test_digits_and_clothes_are_drawn_apart():
+    """The number of clothes has no say in which digits are drawn."""
+    fewer = {**TWO_SOURCES, "fashion-mnist": numbered(2_000, first=3_000)}
+    whole, part = (
+        two_domains(0, train=20, validation=10, test=30, num_clients=8, sources=s)
+        for s in (TWO_SOURCES, fewer)
+    )
+    assert torch.equal(whole.load(2).train.x, part.load(2).train.x)
+    assert not torch.equal(whole.load(3).train.x, part.load(3).train.x)
+
+
+def test_two_domains_that_cannot_be_filled_are_refused():
+    with pytest.raises(ValueError, match=r"must be at most 4 \(2500 images, 600 .* got 5"):
+        two_domains(0, num_clients=10, sources=TWO_SOURCES)
+    with pytest.raises(ValueError, match="test must be at least 0, got -1"):
+        two_domains(0, test=-1, sources=TWO_SOURCES)
+
+
+@pytest.mark.slow
+def test_the_real_two_domains(fashion_mnist, real_mnist):
+    data = two_domains(0, sources={"mnist": real_mnist, "fashion-mnist": fashion_mnist})
+    assert [len(data.clients), data.clients[23].num_examples] == [24, 200]
+    assert data.partition_hash == "d76c1e2205840e3d"
+
+
+# --- dirichlet
+
+
+def test_at_alpha_a_tenth_it_is_the_published_partition():
+    mine = dirichlet(1, 0.1, num_clients=6, source=SOURCE)
+    theirs = published(1, partition="dirichlet", num_clients=6, source=SOURCE)
+    assert mine.partition_hash == theirs.partition_hash
+    assert mine.name == "dirichlet-0.1-over-6"
+
+
+def test_a_smaller_alpha_gives_clients_fewer_labels():
+    def labels_held(alpha: float) -> float:
+        data = dirichlet(0, alpha, num_clients=10, min_examples=4, source=SOURCE)
+        return sum(len(data.load(c.id).train.y.unique()) for c in data.clients) / 10
+
+    assert labels_held(0.1) + 2 < labels_held(0.5) < labels_held(100.0) == 10
+
+
+@pytest.mark.parametrize("num_clients, least", [(20, 40), (21, 10)])
+def test_a_skew_that_cannot_be_had_is_refused_with_the_images_that_each_client_must_have(
+    num_clients, least
+):
+    said = f"no draw of eleven gave each of the {num_clients} clients min_examples={least} of 3000"
+    with pytest.raises(ValueError, match=said):
+        dirichlet(0, 0.01, num_clients=num_clients, source=SOURCE)
+
+
+def test_an_alpha_of_0_is_refused():
+    with pytest.raises(ValueError, match="alpha must be a positive number, got 0"):
+        dirichlet(0, 0, source=SOURCE)
+
+
+@pytest.mark.slow
+def test_100_clients_share_fashion_mnist_at_every_skew(fashion_mnist):
+    for alpha, wanted in ((0.1, "772c209f0f162776"), (0.5, "d60dc8826d92354f")):
+        data = dirichlet(0, alpha, num_clients=100)
+        assert len(data.clients) == 100
+        assert data.partition_hash == wanted
+
+
+# --- held-out combinations
+
+
+def label_sets(data: FederatedData) -> list[set[int]]:
+    return [{int(label) for label in data.groups[c].split("+")} for c in everybody(data)]
+
+
+def test_the_default_is_30_clients_and_10_unseen_ones(many):
+    data = heldout(0, source=many)
+    assert [len(data.clients), len(data.unseen)] == [30, 10]
+    assert [c.id for c in data.unseen] == list(range(30, 40))
+    assert [len(p.y) for p in vars(data.load(39)).values()] == [300, 60, 240]
+
+
+def test_the_first_clients_are_anchors_whose_labels_tile_the_ten():
+    sets = label_sets(small_heldout())
+    assert [len(s) for s in sets] == [2] * 5 + [4] * 13
+    assert sorted(label for s in sets[:5] for label in s) == list(range(10))
+    assert sets[:5] != label_sets(small_heldout(1))[:5]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("labels, anchors", [(4, 5), (2, 5), (5, 2), (1, 1)])
+def test_no_unseen_client_has_the_labels_of_a_training_client(seed, labels, anchors):
+    data = small_heldout(seed, num_clients=8 if labels > 1 else 3, labels=labels, anchors=anchors)
+    sets = [frozenset(s) for s in label_sets(data)]
+    assert len(set(sets)) == len(sets)
+    assert all(len(s) == labels for s in sets[anchors:])
+
+
+def test_clients_have_just_the_labels_of_their_group_in_equal_shares():
+    data = small_heldout()
+    for c, labels in zip(everybody(data), label_sets(data), strict=True):
+        for part in vars(data.load(c)).values():
+            counts = torch.bincount(part.y, minlength=10)
+            assert {int(label) for label in counts.nonzero()} == labels
+            assert counts.max() - counts[counts > 0].min() <= 1
+            assert torch.equal(part.y, source_rows(part) % 10)
+
+
+def test_the_encoders_images_are_on_no_client_whatever_the_clients_ask_for():
+    encoder = set(source_rows(heldout_encoder_images(0, 900, source=SOURCE)).tolist())
+    assert len(encoder) == 900  # three tenths of 3,000: all that are put aside
+    for data in (small_heldout(), small_heldout(num_clients=20, train=40, test=20, unseen=1)):
+        for c in everybody(data):
+            for part in vars(data.load(c)).values():
+                assert not encoder & set(source_rows(part).tolist())
+
+
+def test_fewer_images_for_the_encoder_are_a_part_of_more_and_have_all_labels():
+    few, many = (heldout_encoder_images(0, n, source=SOURCE) for n in (200, 500))
+    assert torch.equal(few.x, many.x[:200]) and torch.equal(few.y, many.y[:200])
+    assert torch.equal(few.y, source_rows(few) % 10)
+    assert torch.bincount(few.y, minlength=10).min() > 5
+    assert not torch.equal(few.x, heldout_encoder_images(1, 200, source=SOURCE).x)
+    assert (few.x.shape, few.x.dtype) == ((200, 1, 28, 28), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"anchors": 3}, "anchors must divide the 10 labels .* got 3"),
+        ({"anchors": 0}, "anchors must divide .* got 0"),
+        ({"num_clients": 4}, r"at most num_clients \(4\), got 5"),
+        ({"labels": 11}, "labels must be between 1 and 10, got 11"),
+        ({"unseen": -1}, "unseen must be at least 0, got -1"),
+        ({"labels": 9}, "must be at most 10, the combinations of 9 labels .* got 13"),
+        ({"train": 200}, "ask for more images of label . than clients can have; lower them"),
+        ({"train": 0}, "train must be at least 1, got 0"),
+    ],
+)
+def test_held_out_combinations_that_cannot_be_had_are_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        small_heldout(**change)
+
+
+@pytest.mark.parametrize("count", [0, 901])
+def test_more_images_for_the_encoder_than_are_put_aside_are_refused(count):
+    with pytest.raises(ValueError, match=f"count must be between 1 and the 900 .* got {count}"):
+        heldout_encoder_images(0, count, source=SOURCE)
+
+
 # --- published
 
 
@@ -260,3 +456,4 @@ def test_the_published_partitions_of_fashion_mnist(fashion_mnist):
     assert dirichlet.partition_hash == "f539f927c7a0304c"
     assert fifth.partition_hash == "bc5c84dd8b9586bf"
     assert domains(0).partition_hash == "72c549eff6b010ab"
+    assert heldout(0).partition_hash == "ae73ba8be65c7872"
