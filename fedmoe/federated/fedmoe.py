@@ -21,19 +21,32 @@ How ours differs, and why, is measured in simulations/LOG.md:
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fedmoe.federated.average import Weigh, average_by_expert, by_examples, by_tokens
+from fedmoe.federated.average import (
+    Mean,
+    Weigh,
+    average_by_expert,
+    by_examples,
+    by_tokens,
+)
 from fedmoe.federated.select import (
     expert_bytes_of,
     experts_that_fit,
     fits_whole,
     largest_coverage,
 )
-from fedmoe.federated.similar import advice, balanced_demand, neighbours, similarity, smoothed
+from fedmoe.federated.similar import (
+    advice,
+    alike_groups,
+    balanced_demand,
+    neighbours,
+    similarity,
+    smoothed,
+)
 from fedmoe.rng import numpy_generator
 from fedmoe.state import parameter_bytes, rows_of
 from fedmoe.types import (
@@ -45,6 +58,7 @@ from fedmoe.types import (
     ExpertId,
     Job,
     MoEState,
+    State,
     SubMoE,
 )
 
@@ -82,6 +96,8 @@ class FedMoEState:
     sub_moes: Mapping[int, SubMoE]  # of the clients that have been given one
     progress: Mapping[int, Progress]
     changes: tuple[Change, ...] = ()  # made at the end of the last round
+    kin: Mapping[int, int] = field(default_factory=dict)  # group of similar clients, by client
+    shared: Mapping[int, State] = field(default_factory=dict)  # shared part, by group
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,10 @@ class FedMoE:
         neighbours: K of Eq. 5. Paper: silent.
         same_task_only: take advice from clients of the same task alone. Paper: from all.
         weigh: of an expert in the average: tokens (ours) or examples (paper, as we read it).
+        kinship: how far a group of similar clients has a shared part of its own: 0, one for all
+            (paper), to 1, its clients' mean alone. Where kinds of data contradict each other, what
+            all clients share is pulled apart, however well experts are chosen.
+        alike: least similarity, -1 to 1, on average over pairs, of clients that form a group.
         all_rows: send every gate row, for gates whose softmax keeps the full denominator.
         seed: keys the draws of a scout's experts in models of several MoE layers.
     """
@@ -129,6 +149,8 @@ class FedMoE:
     neighbours: int = 3
     same_task_only: bool = False
     weigh: Weigh = by_tokens
+    kinship: float = 0.0
+    alike: float = 0.8
     all_rows: bool = False
     seed: int = 0
 
@@ -145,6 +167,10 @@ class FedMoE:
         for name in ("sharpness", "min_delta"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.kinship <= 1:
+            raise ValueError(f"kinship must be between 0 and 1, got {self.kinship}")
+        if not -1 <= self.alike <= 1:
+            raise ValueError(f"alike must be between -1 and 1, got {self.alike}")
         if not 0 <= self.theta_cap <= 1:
             raise ValueError(f"theta_cap must be between 0 and 1, got {self.theta_cap}")
 
@@ -168,11 +194,17 @@ class FedMoE:
 
     def aggregate(self, state: FedMoEState, updates: Iterable[ClientUpdate]) -> FedMoEState:
         notes: list[ClientUpdate] = []
-        model = average_by_expert(state.model, _noted(updates, notes), self.weigh)
+        groups = {g: Mean() for g in state.shared}
+        passing = _by_group(_noted(updates, notes), groups, state.kin)
+        model = average_by_expert(state.model, passing, self.weigh)
+        shared = {
+            g: _between(model.shared, mean.result(state.shared[g]), self.kinship)
+            for g, mean in groups.items()
+        }
         notes.sort(key=lambda note: note.client)  # they came as they pleased
         # An explorer's score is that of the full model, and must not be what its part is held to.
         scored = [note for note in notes if note.client in state.sub_moes]
-        state = self._observed(replace(state, model=model, changes=()), notes)
+        state = self._observed(replace(state, model=model, shared=shared, changes=()), notes)
         exploring = state.round + 1 < self.explore_rounds
         if not exploring:
             state = self._chosen(state)
@@ -194,8 +226,11 @@ class FedMoE:
         everything = frozenset(state.model.experts)
         if client.id in state.sub_moes:
             sub_moe = state.sub_moes[client.id]
+            own = state.model.shared
+            if client.id in state.kin:
+                own = state.shared[state.kin[client.id]]
             rows = rows_of(state.model, everything - sub_moe) if self.all_rows else {}
-            model = state.model.only(sub_moe)
+            model = MoEState(own, state.model.only(sub_moe).experts)
             return Assignment(
                 state.round, model, sub_moe, validate=self.patience is not None, absent_rows=rows
             )
@@ -261,7 +296,22 @@ class FedMoE:
                 theta_cap=self.theta_cap,
             )
             changes.append(Change(k, "choose", tuple(sorted(sub_moes[k]))))
-        return replace(state, sub_moes=sub_moes, changes=tuple(changes))
+        state = replace(state, sub_moes=sub_moes, changes=tuple(changes))
+        return self._grouped(state, known) if self.kinship else state
+
+    def _grouped(self, state: FedMoEState, known: Sequence[int]) -> FedMoEState:
+        """Find groups once, when first there is a choice; who comes later joins the nearest."""
+        sim_KK = similarity(torch.stack([state.p[k] for k in known]), centred=self.centred)
+        if not state.kin:
+            kin = dict(zip(known, alike_groups(sim_KK, self.alike), strict=True))
+            return replace(state, kin=kin, shared=dict.fromkeys(kin.values(), state.model.shared))
+        kin = dict(state.kin)
+        settled = [i for i, k in enumerate(known) if k in kin]
+        for i, k in enumerate(known):
+            if k not in kin:
+                [nearest] = neighbours(sim_KK, i, 1, settled)
+                kin[k] = state.kin[known[nearest]]
+        return replace(state, kin=kin)
 
     def _wanted(self, state: FedMoEState, known: Sequence[int]) -> Tensor:
         """The shares to choose by, (K, L, E): measured or predicted, smoothed, balanced."""
@@ -423,6 +473,23 @@ def as_published(explore_rounds: int = 5, alpha: float = 0.8, patience: int = 3)
         patience=patience,
         weigh=by_examples,
     )
+
+
+def _by_group(
+    updates: Iterable[ClientUpdate], means: Mapping[int, Mean], kin: Mapping[int, int]
+) -> Iterator[ClientUpdate]:
+    """Pass updates on, and fold the shared part of each into its group's mean."""
+    for update in updates:
+        if update.model.shared and update.client in kin:
+            means[kin[update.client]].add(update.model.shared, update.num_examples)
+        yield update
+
+
+def _between(one: State, other: State, share: float) -> dict[str, Tensor]:
+    """The way from `one` to `other`, as far as `share`; whole numbers are `one`'s."""
+    return {
+        n: torch.lerp(t, other[n], share) if t.is_floating_point() else t for n, t in one.items()
+    }
 
 
 def _noted(

@@ -46,6 +46,7 @@ EVALUATION_BATCH = 500  # examples; bounds the memory that an evaluation takes
 KEPT, ONCE = "kept:", "once:"  # mark, in what a client stores, a method's own and frozen tensors
 
 Adjust = Callable[[str, nn.Parameter], None]  # may change a parameter's gradient before a step
+Forward = Callable[[nn.Module, Tensor], Tensor]  # a model and inputs (B, ...) to logits (B, C)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class LocalPlan:
 
     phases: tuple[Phase, ...] = (Phase(),)
     personal: NameTest = nothing  # these never leave the client
+    frozen: NameTest = nothing  # these never move: they may come once, and the client keeps them
     lr: float = 0.05
+    lr_decay: float = 1.0  # by which lr is multiplied from one round to the next
     momentum: float = 0.0
     weight_decay: float = 0.0
     batch_size: int = 20  # examples
@@ -84,6 +87,8 @@ class LocalPlan:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a number of 0 or more, got {value}")
+        if not 0 < self.lr_decay <= 1:
+            raise ValueError(f"lr_decay must be above 0 and at most 1, got {self.lr_decay}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be above 0, or None for no limit, got {self.clip}")
         if not 0 <= self.label_smoothing <= 1:
@@ -95,7 +100,9 @@ class LocalPlan:
     @property
     def stores(self) -> bool:
         """Whether a client must keep anything of its own from round to round."""
-        return self.personal is not nothing or self.method.keeps
+        return (
+            self.personal is not nothing or self.frozen is not nothing or self.method.keeps
+        )
 
 
 @dataclass(eq=False)
@@ -108,12 +115,13 @@ class LocalTask:
 
     client: int
     model: nn.Module
-    examples: Examples
+    examples: Examples  # to train on
     plan: LocalPlan
     generator: torch.Generator
     device: torch.device
     kept: State
     extra: State
+    validation: Examples | None = None  # to choose by; may be empty
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,10 +139,16 @@ class Trained:
 class LocalMethod:
     """How a client trains, and how it is served without training. This one just trains."""
 
+    # Examples of every label, whichever the client's own are: who is served says how it does there.
+    full_test: Examples | None = field(default=None, kw_only=True, compare=False)
+
     @property
     def keeps(self) -> bool:
         """Whether `train` gives back anything to keep."""
         return False
+
+    def begin(self, task: LocalTask) -> None:
+        """Make `task.model` fit to be measured as received, where it takes more than loading."""
 
     def train(self, task: LocalTask) -> Trained:
         """Train `task.model` in place."""
@@ -148,7 +162,10 @@ class LocalMethod:
         self, model: nn.Module, examples: Examples, device: torch.device
     ) -> dict[str, float]:
         """How good the model is as it came, by each way of using it that the method has."""
-        return {"served_test": accuracy(model, examples, device)}
+        served = {"served_test": accuracy(model, examples, device)}
+        if self.full_test is not None:
+            served["full_test"] = accuracy(model, self.full_test, device)
+        return served
 
 
 def private_router(plan: LocalPlan) -> LocalPlan:
@@ -205,6 +222,7 @@ def work(
             its loss is not finite.
     """
     device = torch.device(device)
+    plan = replace(plan, lr=plan.lr * plan.lr_decay**assignment.round)
     if not len(data.train.y):
         raise ValueError(f"client {client} has no training examples: leave it out of the run")
     stored = personal
@@ -247,16 +265,16 @@ def work(
     empty = ActivationProfile.empty(len(sizes), max(sizes, default=0))
     if assignment.job is Job.SERVE:
         return answer(empty, _measured(plan.method.serve(model, data.test, device)))
+    generator = torch_generator(seed, assignment.round, client)
+    task = LocalTask(
+        client, model, data.train, plan, generator, device, kept, assignment.extra, data.validation
+    )
+    plan.method.begin(task)
     metrics: dict[str, float] = {}
     if assignment.evaluate:
         metrics["received_validation"] = accuracy(model, data.validation, device)
         metrics["received_test"] = accuracy(model, data.test, device)
-    generator = torch_generator(seed, assignment.round, client)
-    trained = plan.method.train(
-        LocalTask(
-            client, model, data.train, plan, generator, device, kept, assignment.extra
-        )
-    )
+    trained = plan.method.train(task)
     metrics["loss"] = trained.loss
     used = model if trained.used is None else trained.used
     if assignment.evaluate or assignment.validate:
@@ -371,6 +389,7 @@ def train(
     device: torch.device,
     client: int = 0,
     adjust: Adjust | None = None,
+    forward: Forward | None = None,
 ) -> tuple[ActivationProfile, float]:
     """Train in place; returns how experts were used, and the mean loss over examples and epochs.
 
@@ -380,6 +399,7 @@ def train(
     Args:
         adjust: called before each step, and before clipping, with each parameter that has a
             gradient and its name by role (see `state.NameTest`).
+        forward: what to call in place of the model itself; it must reach the model's gates.
     """
     sizes = layer_sizes(model)
     total = ActivationProfile.empty(len(sizes), max(sizes, default=0))
@@ -388,11 +408,12 @@ def train(
     model.train()
     x_N, y_N = examples.x.to(device), examples.y.to(device)
     for phase in plan.phases:
-        moving = [(n, p) for n, p in named_by_role(model) if phase.trains(n)]
+        moves = _both(phase.trains, other_than(plan.frozen))
+        moving = [(n, p) for n, p in named_by_role(model) if moves(n)]
         if not moving or phase.epochs < 1:
             continue
         for name, p in named_by_role(model):
-            p.requires_grad_(phase.trains(name))
+            p.requires_grad_(moves(name))
         optimizer = torch.optim.SGD(
             [p for _, p in moving],
             lr=plan.lr,
@@ -402,8 +423,9 @@ def train(
         for index_B in _batches(len(y_N), plan.batch_size, phase.epochs, generator):
             x_B, y_B = x_N[index_B], y_N[index_B]
             with watch_gates(model) as routings, autocast(device):
+                logit_BC = model(x_B) if forward is None else forward(model, x_B)
                 task_loss = nn.functional.cross_entropy(
-                    model(x_B).float(), y_B, label_smoothing=plan.label_smoothing
+                    logit_BC.float(), y_B, label_smoothing=plan.label_smoothing
                 )
                 loss = task_loss + _routing_losses(model, routings, plan)
             optimizer.zero_grad()
@@ -445,6 +467,22 @@ def accuracy(model: nn.Module, examples: Examples, device: torch.device) -> floa
             logit_BC = model(x_B.to(device))
         right += int((logit_BC.argmax(-1) == y_B.to(device)).sum())
     return right / len(examples.y)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, examples: Examples, device: torch.device) -> float:
+    """Cross-entropy, mean over examples; nan when there are none."""
+    if not len(examples.y):
+        return math.nan
+    model.eval()
+    total = 0.0
+    for x_B, y_B in _slices(examples):
+        with autocast(device):
+            logit_BC = model(x_B.to(device))
+        total += float(
+            nn.functional.cross_entropy(logit_BC.float(), y_B.to(device), reduction="sum")
+        )
+    return total / len(examples.y)
 
 
 @torch.no_grad()

@@ -53,8 +53,9 @@ class RoundReport(Generic[S]):
 class Schedule:
     """Which rounds run, who takes part, and when accuracies are measured.
 
-    `drop_out` is the chance that a client which was sampled and sent its assignment never
-    answers, a round's clients each on their own.
+    `quotas` has sets of clients, and how many of each take part in a round: for methods whose
+    clients have parts to play. `drop_out` is the chance that a client which was sampled and sent
+    its assignment never answers, a round's clients each on their own.
     """
 
     rounds: int
@@ -62,6 +63,7 @@ class Schedule:
     clients_per_round: int | None = None  # None: all of them
     evaluate_every: int = 1  # rounds between evaluations; the last state is always evaluated
     drop_out: float = 0.0
+    quotas: tuple[tuple[frozenset[int], int], ...] = ()  # in place of clients_per_round
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -70,6 +72,17 @@ class Schedule:
             raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
         if self.clients_per_round is not None and self.clients_per_round < 1:
             raise ValueError(f"clients_per_round must be at least 1, got {self.clients_per_round}")
+        if self.quotas and self.clients_per_round is not None:
+            raise ValueError(
+                f"clients_per_round must be None where there are quotas, got "
+                f"{self.clients_per_round}"
+            )
+        for group, count in self.quotas:
+            if not 0 <= count <= len(group):
+                raise ValueError(
+                    f"quotas must be from 0 to the number of clients they are of, got {count} of "
+                    f"{len(group)}"
+                )
         if not 0 <= self.drop_out < 1:
             raise ValueError(f"drop_out must be at least 0 and below 1, got {self.drop_out}")
 
@@ -77,9 +90,11 @@ class Schedule:
         """This round's clients, in order of id; every draw keyed by (seed, round).
 
         Raises:
-            ValueError: more are wanted than there are.
+            ValueError: more are wanted than there are, or a quota is of a client that is not.
         """
         ordered = sorted(clients, key=lambda c: c.id)
+        if self.quotas:
+            return self._by_quota(round, ordered)
         if self.clients_per_round is None:
             return ordered
         if self.clients_per_round > len(ordered):
@@ -91,6 +106,18 @@ class Schedule:
             len(ordered), self.clients_per_round, replace=False
         )
         return [ordered[i] for i in sorted(chosen)]
+
+    def _by_quota(self, round: int, ordered: Sequence[ClientInfo]) -> list[ClientInfo]:
+        chosen: set[int] = set()
+        for place, (group, count) in enumerate(self.quotas):
+            if strangers := group - {c.id for c in ordered}:
+                raise ValueError(
+                    f"quotas must be of the {len(ordered)} clients that train, got client "
+                    f"{min(strangers)} ({len(strangers)} such in all)"
+                )
+            rng = numpy_generator(self.seed, round, SAMPLING, SAMPLING, place)
+            chosen |= {int(c) for c in rng.choice(sorted(group), count, replace=False)}
+        return [c for c in ordered if c.id in chosen]
 
     def drop_outs(self, round: int, clients: Sequence[ClientInfo]) -> frozenset[int]:
         """Who of a round's clients will not answer; every draw keyed by (seed, round, client)."""

@@ -70,6 +70,33 @@ def smoothed(p_KLE: Tensor, sim_KK: Tensor, count: int) -> Tensor:
     return out_KLE
 
 
+def alike_groups(sim_KK: Tensor, least: float) -> list[int]:
+    """Groups of clients that are alike: agglomerative clustering with average linkage (ours).
+
+    The two groups with the highest mean similarity between their members are joined, again and
+    again, while that mean is at least `least`.
+
+    Returns:
+        For each client its group's number; groups are numbered by their first member.
+    """
+    groups = [[k] for k in range(len(sim_KK))]
+    link_GG = sim_KK.double().clone().fill_diagonal_(-torch.inf)
+    while len(groups) > 1:
+        best = int(link_GG.argmax())
+        a, b = sorted(divmod(best, len(groups)))
+        if link_GG[a, b] < least:
+            break
+        size_a, size_b = len(groups[a]), len(groups[b])
+        joined_G = (size_a * link_GG[a] + size_b * link_GG[b]) / (size_a + size_b)
+        link_GG[a], link_GG[:, a] = joined_G, joined_G
+        link_GG[a, a] = -torch.inf
+        keep = [g for g in range(len(groups)) if g != b]
+        link_GG = link_GG[keep][:, keep]
+        groups[a] += groups.pop(b)
+    number = {k: g for g, members in enumerate(sorted(map(sorted, groups))) for k in members}
+    return [number[k] for k in range(len(sim_KK))]
+
+
 def balanced_demand(p_KLE: Tensor, room_K: Tensor, sharpness: float, steps: int = 200) -> Tensor:
     """Shares that ask for every expert equally often over all clients, preferences kept (ours).
 

@@ -18,7 +18,7 @@ from fedmoe.types import (
     Job,
     MoEState,
 )
-from tests.tiny import one_layer, profile, ragged, tiny, update
+from tests.tiny import number, one_layer, profile, ragged, tiny, update
 
 NOTHING = MoEState({}, {})
 MODEL = one_layer(1.0, 1.0, 2.0, 3.0, 4.0)  # 4 bytes shared, 4 for each of 4 experts
@@ -541,6 +541,8 @@ def test_more_experts_than_a_layer_has_are_refused_before_the_first_round():
         ({"min_experts": 0}, "min_experts must be at least 1, got 0"),
         ({"sharpness": -1.0}, "sharpness must be 0 or more, got -1.0"),
         ({"min_delta": -0.1}, "min_delta must be 0 or more, got -0.1"),
+        ({"kinship": 1.5}, "kinship must be between 0 and 1, got 1.5"),
+        ({"alike": -2.0}, "alike must be between -1 and 1, got -2.0"),
         ({"theta_cap": 1.1}, "theta_cap must be between 0 and 1, got 1.1"),
     ],
     ids=str,
@@ -557,3 +559,63 @@ def test_the_published_method_is_the_papers():
     assert (strategy.smooth_over, strategy.sharpness, strategy.centred) == (0, 0.0, False)
     assert strategy.weigh is by_examples
     assert profile([1, 3]).frequency_LE.tolist() == [[0.25, 0.75]]
+
+
+# A shared part for each group of similar clients
+
+TWO_KINDS = {0: [9, 1, 0, 0], 1: [8, 2, 0, 0], 2: [0, 0, 1, 9], 3: [0, 0, 2, 8]}
+
+
+def with_shared(client, state, value):
+    """An update of 10 examples whose shared part is `value`, and whose experts are as sent."""
+    [a] = KIN.assign(state, [state.clients[client]]).values()
+    model = MoEState({"w": number(value)}, a.model.experts)
+    count = [int(ExpertId(0, e) in a.sub_moe) for e in range(4)]
+    return update(client, model, count, num_examples=10)
+
+
+KIN = replace(PLAIN, centred=True, kinship=0.75, patience=None)
+
+
+def grouped():
+    state = KIN.init(MODEL, [ClientInfo(k, bytes_for(2)) for k in range(5)])
+    return KIN.aggregate(state, [scouted(k, count) for k, count in TWO_KINDS.items()])
+
+
+def test_groups_of_similar_clients_have_shared_parts_of_their_own():
+    state = grouped()
+    assert state.kin == {0: 0, 1: 0, 2: 1, 3: 1}
+    values = [2.0, 4.0, 10.0, 20.0]  # the groups' means are 3 and 15, that of all is 9
+    after = KIN.aggregate(state, [with_shared(k, state, v) for k, v in enumerate(values)])
+    sent = KIN.assign(after, [after.clients[k] for k in range(4)])
+    got = [float(sent[k].model.shared["w"]) for k in range(4)]
+    assert got == pytest.approx([4.5, 4.5, 13.5, 13.5])  # three quarters of the way from 9
+    assert float(KIN.merged(after).shared["w"]) == pytest.approx(9.0)
+
+
+def test_a_group_that_sends_nothing_keeps_its_part_of_the_way():
+    state = grouped()
+    after = KIN.aggregate(state, [with_shared(0, state, 5.0)])
+    old = float(MODEL.shared["w"])
+    got = [float(after.shared[g]["w"]) for g in (0, 1)]
+    assert got == pytest.approx([5.0, 5.0 + 0.75 * (old - 5.0)])
+
+
+def test_who_comes_later_joins_the_group_of_the_most_similar():
+    state = grouped()
+    state = KIN.aggregate(state, [scouted(4, [0, 0, 4, 6])])
+    assert state.kin == {0: 0, 1: 0, 2: 1, 3: 1, 4: 1}
+
+
+def test_without_kinship_there_are_no_groups():
+    strategy = replace(KIN, kinship=0.0)
+    state = strategy.init(MODEL, [ClientInfo(k, bytes_for(2)) for k in range(4)])
+    state = strategy.aggregate(state, [scouted(k, count) for k, count in TWO_KINDS.items()])
+    assert not state.kin and not state.shared
+
+
+def test_group_averages_do_not_depend_on_who_answers_first():
+    state = grouped()
+    updates = [with_shared(k, state, v) for k, v in enumerate([0.1, 0.7, 1 / 3, 1e-3])]
+    hashes = {content_hash(KIN.aggregate(state, order)) for order in permutations(updates)}
+    assert len(hashes) == 1

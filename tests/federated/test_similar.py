@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.federated.similar import advice, balanced_demand, neighbours, similarity, smoothed
+from fedmoe.federated.similar import (
+    advice,
+    alike_groups,
+    balanced_demand,
+    neighbours,
+    similarity,
+    smoothed,
+)
 
 # Three clients, one layer of three experts. Dot products: 0-1 is 0.5*0.6 + 0.5*0.4 = 0.5,
 # 0-2 is 0.5*0.2 = 0.1, 1-2 is 0.4*0.2 = 0.08; squared norms are 0.5, 0.52 and 0.68.
@@ -177,3 +184,43 @@ def test_a_sharpness_that_is_not_above_0_is_refused(sharpness):
 def test_a_client_without_room_is_refused():
     with pytest.raises(ValueError, match="room_K must be at least 1 .* got \\[1, 0, 2\\]"):
         balanced_demand(P_KLE, torch.tensor([1, 0, 2]), 1.0)
+
+
+# Groups
+
+SIM_4 = torch.tensor(
+    [[1.0, 0.9, 0.1, 0.5], [0.9, 1.0, 0.3, 0.3], [0.1, 0.3, 1.0, 0.2], [0.5, 0.3, 0.2, 1.0]]
+)
+
+
+def test_groups_worked_by_hand():
+    # 0 and 1 join first; then 3 to them at (0.5 + 0.3) / 2 = 0.4; then 2 at (0.1+0.3+0.2) / 3.
+    assert alike_groups(SIM_4, 0.95) == [0, 1, 2, 3]
+    assert alike_groups(SIM_4, 0.41) == [0, 0, 1, 2]
+    assert alike_groups(SIM_4, 0.39) == [0, 0, 1, 0]
+    assert alike_groups(SIM_4, 0.19) == [0, 0, 0, 0]
+    assert alike_groups(torch.ones(1, 1), 0.5) == [0]
+
+
+def slow_groups(sim_KK, least):
+    groups = [[k] for k in range(len(sim_KK))]
+
+    def mean(a, b):
+        return sum(float(sim_KK[i, j]) for i in a for j in b) / len(a) / len(b)
+
+    while len(groups) > 1:
+        pairs = [(mean(a, b), i, j) for i, a in enumerate(groups) for j, b in enumerate(groups)
+                 if i < j]
+        best, i, j = max(pairs, key=lambda p: p[0])
+        if best < least:
+            break
+        groups[i] += groups.pop(j)
+    order = sorted(map(sorted, groups))
+    return [next(g for g, m in enumerate(order) if k in m) for k in range(len(sim_KK))]
+
+
+@given(st.integers(1, 9), st.integers(0, 999), st.floats(-1, 1))
+def test_groups_are_those_of_the_definition(num, seed, least):
+    draw = torch.Generator().manual_seed(seed)
+    sim_KK = similarity(torch.rand(num, 1, 4, generator=draw).double(), centred=True)
+    assert alike_groups(sim_KK, least) == slow_groups(sim_KK, least)
