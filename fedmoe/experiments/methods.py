@@ -1,0 +1,252 @@
+"""All methods of one protocol, FedMoE first: same clients, same model, same start, same rounds.
+
+`core_methods` are FedMoE and what it is measured by first; `all_methods` adds the personalised
+methods of the field. What only differs in how a client trains is a plan, what differs in who gets
+what is a strategy, and here they are put together.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fedmoe.data.examples import FederatedData
+from fedmoe.experiments.experiment import Experiment, with_budgets
+from fedmoe.federated.fedavg import FedAvg, FixedSubMoE, choice_by_group, random_choice
+from fedmoe.federated.fedmoe import FedMoE
+from fedmoe.federated.local import LocalPlan, fedper, fedrep
+from fedmoe.federated.methods.aligned import Aligned
+from fedmoe.federated.methods.apfl import APFL
+from fedmoe.federated.methods.clusters import BestMember, by_mass
+from fedmoe.federated.methods.ditto import Ditto
+from fedmoe.federated.methods.flame import frequency_power
+from fedmoe.federated.methods.personal import (
+    is_classifier,
+    is_moe,
+    is_norm,
+    is_not_shared_extractor,
+)
+from fedmoe.federated.methods.pruning import FrequencyPruning
+from fedmoe.federated.methods.scaffold import Controlled, Scaffold
+from fedmoe.federated.methods.slices import FedRolex, HeteroFL
+from fedmoe.federated.per_group import PerGroup
+from fedmoe.federated.rounds import Schedule
+from fedmoe.nn.gates.ranking import RankingGate
+from fedmoe.nn.init import seeded
+from fedmoe.nn.members import ChosenGate, Members, of_gate
+from fedmoe.state import NameTest, everything, split_state
+from fedmoe.types import Strategy
+
+Methods = Mapping[str, Experiment]
+Factory = Callable[[], nn.Module]
+Shares = Sequence[float]
+
+GATE_HIDDEN = 32  # of FedMix's personal gate
+
+
+@dataclass(frozen=True)
+class OtherModels:
+    """Models that some methods train in place of the protocol's own.
+
+    A method whose model is None is left out: the protocol has no such model.
+    """
+
+    clusters: Factory | None = None  # IFCA: whole models, one of which a client chooses
+    mixture: Factory | None = None  # FedMix: whole models under a gate of the client's own
+    extractors: Factory | None = None  # pFedMoE: a private and a shared feature extractor
+    normed: Factory | None = None  # FedBN: the protocol's own with normalisation layers
+
+
+def core_methods(
+    name: str,
+    data: FederatedData,
+    factory: Factory,
+    plan: LocalPlan,
+    schedule: Schedule,
+    shares: Shares,
+    fedmoe: FedMoE,
+    *,
+    lr_of: Mapping[str, float] | None = None,
+    proximal: float = 0.01,
+) -> dict[str, Experiment]:
+    """FedMoE, its comparators and, where groups are known, the upper marks as controls.
+
+    Args:
+        shares: memory budgets, as shares of the experts; they go round over the clients.
+        lr_of: learning rates of methods that do better with another than the plan's.
+        proximal: FedProx's mu.
+    """
+    model = split_state(factory())
+    clients = with_budgets(data, model, shares)
+    base = Experiment(name, "fedmoe", factory, fedmoe, plan, data, clients, schedule)
+    runs = [
+        base,
+        replace(
+            base,
+            method="random",
+            strategy=FixedSubMoE(choice=random_choice(model, clients, schedule.seed)),
+        ),
+        replace(base, method="fedavg", strategy=FedAvg()),
+        replace(
+            base, method="fedprox", strategy=FedAvg(), plan=replace(plan, proximal=proximal)
+        ),
+        replace(
+            base, method="local", strategy=FedAvg(), plan=replace(plan, personal=everything)
+        ),
+    ]
+    if data.groups:
+        known = choice_by_group(model, clients, data.groups)
+        runs += [
+            replace(
+                base, method="chosen-by-group", strategy=FixedSubMoE(choice=known), control=True
+            ),
+            replace(
+                base, method="fedavg-per-group", strategy=PerGroup(data.groups), control=True
+            ),
+        ]
+    return _at_rates(runs, lr_of)
+
+
+def all_methods(
+    name: str,
+    data: FederatedData,
+    factory: Factory,
+    plan: LocalPlan,
+    schedule: Schedule,
+    shares: Shares,
+    fedmoe: FedMoE,
+    *,
+    lr_of: Mapping[str, float] | None = None,
+    proximal: float = 0.01,
+    ditto_pull: float = 0.1,
+    head: NameTest = is_classifier,
+    others: OtherModels = OtherModels(),
+) -> dict[str, Experiment]:
+    """The core methods, and after them the personalised methods of the field.
+
+    Fine-tuning is `fedavg` judged after local training, as every method is judged both ways; the
+    full MoE without a memory limit is `fedavg` too. Methods that split the model (`fedper`,
+    `fedrep`) keep `head` on the client, `fedper-moe` the whole MoE layer. `fedrep` trains its head
+    for as many epochs as its body, so twice as long as the others. Methods with a model of their
+    own are there if `others` has it. Of these `ifca`, `fedmix` and `pfedmoe` know no limit of
+    memory, and `fedavg-norm` is what `fedbn` is to be compared with.
+
+    Args:
+        shares, lr_of, proximal: see `core_methods`.
+        ditto_pull: Ditto's lambda.
+        head: the classifier of the model; the default fits experts that each own a slice of it.
+        others: models of methods that do not train the protocol's own.
+    """
+    runs = core_methods(
+        name, data, factory, plan, schedule, shares, fedmoe, lr_of=lr_of, proximal=proximal
+    )
+    base = replace(runs["fedmoe"], strategy=FedAvg(), plan=plan)
+    epochs = sum(phase.epochs for phase in plan.phases)
+    pruning = FrequencyPruning(min_experts=fedmoe.min_experts, seed=fedmoe.seed)
+    plans = {
+        "ditto": replace(plan, method=Ditto(ditto_pull)),
+        "apfl": replace(plan, method=APFL()),
+        "fedper": fedper(head, plan),
+        "fedper-moe": fedper(is_moe, plan),
+        "fedrep": fedrep(head, plan, head_epochs=epochs),
+    }
+    strategies: dict[str, Strategy[Any]] = {
+        "heterofl": HeteroFL(),
+        "fedrolex": FedRolex(),
+        "frequency-pruning": pruning,
+        "flame": FedAvg(weigh=frequency_power(2)),
+        "fedalign": Aligned(),
+    }
+    more = [
+        replace(
+            base,
+            method="scaffold",
+            strategy=Scaffold(),
+            plan=replace(plan, method=Controlled()),
+        ),
+        *(replace(base, method=m, plan=its_plan) for m, its_plan in plans.items()),
+        *(replace(base, method=m, strategy=strategy) for m, strategy in strategies.items()),
+        *_of_other_models(base, others, shares),
+    ]
+    return runs | _at_rates(more, lr_of)
+
+
+def _of_other_models(base: Experiment, others: OtherModels, shares: Shares) -> list[Experiment]:
+    """The methods that train another model; their plans have no balance of sparse gates."""
+
+    plan = base.plan
+    runs: list[Experiment] = []
+    if others.normed is not None:
+        clients = with_budgets(base.data, split_state(others.normed()), shares)
+        normed = replace(base, method="fedavg-norm", factory=others.normed, clients=clients)
+        runs += [normed, replace(normed, method="fedbn", plan=replace(plan, personal=is_norm))]
+    dense = replace(plan, balance=0.0)
+    whole = replace(base, clients=tuple(replace(c, memory_bytes=None) for c in base.clients))
+    if others.clusters is not None:
+        choosing = replace(dense, method=BestMember())
+        runs.append(replace(whole, method="ifca", factory=others.clusters, plan=choosing))
+    if others.mixture is not None:
+        mixing = replace(dense, personal=of_gate)
+        by_gate = FedAvg(weigh=by_mass)
+        runs.append(
+            replace(
+                whole, method="fedmix", factory=others.mixture, strategy=by_gate, plan=mixing
+            )
+        )
+    if others.extractors is not None:
+        private = replace(dense, personal=is_not_shared_extractor)
+        runs.append(replace(whole, method="pfedmoe", factory=others.extractors, plan=private))
+    return runs
+
+
+def _at_rates(
+    runs: Sequence[Experiment], lr_of: Mapping[str, float] | None
+) -> dict[str, Experiment]:
+    """By method, each at its own learning rate if it has one."""
+    rates = lr_of or {}
+    return {
+        r.method: replace(r, plan=replace(r.plan, lr=rates.get(r.method, r.plan.lr)))
+        for r in runs
+    }
+
+
+def clusters_of(
+    member: Callable[..., nn.Module],
+    num_members: int,
+    num_classes: int,
+    input_shape: Sequence[int],
+    seed: int = 0,
+) -> Members:
+    """Whole models under a gate that is set from outside.
+
+    Args:
+        member: makes one of them, by its argument `seed`; each gets another seed, since models
+            that start alike would stay alike.
+    """
+    return Members(
+        ChosenGate(num_members), _members(member, num_members, seed), num_classes, input_shape
+    )
+
+
+def mixture_of(
+    member: Callable[..., nn.Module],
+    num_members: int,
+    num_classes: int,
+    input_shape: Sequence[int],
+    seed: int = 0,
+) -> Members:
+    """As `clusters_of`, under a small gate on the input that mixes the models' probabilities."""
+    width = int(np.prod(input_shape))
+    gate = partial(RankingGate, width, GATE_HIDDEN, num_members, use="weighted")
+    members = _members(member, num_members, seed)
+    return Members(seeded(gate, seed), members, num_classes, input_shape)
+
+
+def _members(
+    member: Callable[..., nn.Module], num_members: int, seed: int
+) -> list[nn.Module]:
+    seeds = np.random.SeedSequence([seed, num_members]).generate_state(num_members)
+    return [member(seed=int(s)) for s in seeds]

@@ -1,0 +1,135 @@
+"""SCAFFOLD: control variates against client drift.
+
+Karimireddy, Kale, Mohri, Reddi, Stich, Suresh 2020, "SCAFFOLD: Stochastic Controlled Averaging for
+Federated Learning", arXiv:1910.06378. A client takes its steps along g - c_i + c: its gradient,
+less its own control, plus the server's. Its new control (option II) is c_i - c + (x - y) / (K lr),
+for x before and y after K steps, and the server's moves by the clients' mean change, times the
+share of clients that took part.
+
+`Scaffold` is the server and `Controlled` the client, and one needs the other. The server's
+control travels down in `Assignment.extra` and a client's change of its own up in
+`ClientUpdate.extra`, under role names (see `state.NameTest`), which doubles the traffic.
+
+How ours differs: for plain SGD, option II's control is the mean of the gradients that the client
+met on its way; that mean is what ours keeps, so that momentum, weight decay and clipping do not
+leak into the controls. An expert without tokens takes no step, so K is counted for each
+parameter, and what has not moved keeps its control. The model itself is averaged as in FedAvg,
+with clients' weights and a server step of 1.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedmoe.federated.average import Mean, Weigh, average_by_expert, by_tokens
+from fedmoe.federated.local import LocalMethod, LocalTask, Trained, train
+from fedmoe.state import ROW
+from fedmoe.types import Assignment, Change, ClientInfo, ClientUpdate, MoEState, State
+
+
+@dataclass(frozen=True, eq=False)
+class ScaffoldState:
+    """What the server carries from one round to the next."""
+
+    round: int
+    model: MoEState
+    control: State  # by role
+    num_clients: int  # registered, whether they take part or not
+
+
+@dataclass(frozen=True)
+class Scaffold:
+    """The strategy: everybody trains the whole model. Its clients are `Controlled`."""
+
+    weigh: Weigh = by_tokens
+
+    def init(self, model: MoEState, clients: Sequence[ClientInfo]) -> ScaffoldState:
+        return ScaffoldState(0, model, zeros_by_role(model), len(clients))
+
+    def assign(
+        self, state: ScaffoldState, clients: Sequence[ClientInfo]
+    ) -> Mapping[int, Assignment]:
+        whole = frozenset(state.model.experts)
+        return {
+            c.id: Assignment(state.round, state.model, whole, extra=state.control)
+            for c in clients
+        }
+
+    def aggregate(self, state: ScaffoldState, updates: Iterable[ClientUpdate]) -> ScaffoldState:
+        changes, senders = Mean(), Counter[str]()
+
+        def noted() -> Iterator[ClientUpdate]:
+            for update in updates:
+                changes.add(update.extra, 1)
+                senders.update(list(update.extra))
+                yield update
+
+        model = average_by_expert(state.model, noted(), self.weigh)
+        mean = changes.result({n: torch.zeros_like(c) for n, c in state.control.items()})
+        control = {
+            n: c + mean[n] * (senders[n] / state.num_clients) for n, c in state.control.items()
+        }
+        return ScaffoldState(state.round + 1, model, control, state.num_clients)
+
+    def merged(self, state: ScaffoldState) -> MoEState:
+        return state.model
+
+    def phase(self, state: ScaffoldState) -> str:
+        return "train"
+
+    def changes(self, state: ScaffoldState) -> Sequence[Change]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Controlled(LocalMethod):
+    """The client: it keeps its own controls and sends how they changed."""
+
+    @property
+    def keeps(self) -> bool:
+        return True
+
+    def train(self, task: LocalTask) -> Trained:
+        server = {n: c.to(task.device) for n, c in task.extra.items()}
+        own = {n: c.to(task.device) for n, c in task.kept.items()}
+        met: dict[str, Tensor] = {}  # the sum of the gradients
+        steps = Counter[str]()
+
+        def correct(name: str, p: nn.Parameter) -> None:
+            assert p.grad is not None
+            met[name] = met[name] + p.grad if name in met else p.grad.clone()
+            steps[name] += 1
+            if name in server:  # not so where only the cost of a step is measured
+                p.grad.add_(server[name])
+            if name in own:  # 0 until the client has trained once
+                p.grad.sub_(own[name])
+
+        profile, loss = train(
+            task.model, task.examples, task.plan, task.generator, task.device, task.client, correct
+        )
+        new = {n: (total / steps[n]).cpu() for n, total in met.items()}
+        change = {n: c - task.kept[n] if n in task.kept else c for n, c in new.items()}
+        return Trained(profile, loss, kept={**task.kept, **new}, extra=change)
+
+
+def zeros_by_role(model: MoEState) -> dict[str, Tensor]:
+    """A zero for each parameter of the whole model, under the names of `state.named_by_role`.
+
+    The server does not know which shared values are buffers; a client sends nothing back for them.
+    """
+    zeros = {n: torch.zeros_like(t) for n, t in model.shared.items() if t.is_floating_point()}
+    for e, own in model.experts.items():
+        for name, value in own.items():
+            if name.startswith(ROW):
+                shape = (_num_experts(model, e.layer), *value.shape)
+                zeros[f"gates.{e.layer}.{name.removeprefix(ROW)}"] = value.new_zeros(shape)
+            elif value.is_floating_point():
+                zeros[f"experts.{e.layer}.{e.expert}.{name}"] = torch.zeros_like(value)
+    return zeros
+
+
+def _num_experts(model: MoEState, layer: int) -> int:
+    return 1 + max(e.expert for e in model.experts if e.layer == layer)
