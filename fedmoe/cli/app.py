@@ -140,9 +140,11 @@ def run(
     """Run an experiment and compare its methods.
 
     \b
-    NAME is demo, domains, domains-devices, published-dirichlet,
+    NAME is demo, domains, domains-50, domains-1000, domains-devices,
+    domains-drop-out, two-domains, published-dirichlet,
     published-pathological, published-fifth-dirichlet,
-    published-fifth-pathological, or a function of your own, module:function.
+    published-fifth-pathological, dirichlet-0.5, dirichlet-1.0, hundred, motion,
+    vowels, shakespeare, or a function of your own, module:function.
     At the end come a table and report.html.
 
     Runs that the folder holds already are not run again if they are finished, and go on if

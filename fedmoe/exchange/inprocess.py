@@ -8,7 +8,7 @@ from torch import nn
 from fedmoe.data.examples import ClientData
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.federated.local import LocalPlan, work
-from fedmoe.types import Assignment, ClientFailure, ClientUpdate, Exchange
+from fedmoe.types import Assignment, ClientFailure, ClientUpdate, Exchange, Job
 
 
 def in_process(
@@ -40,7 +40,9 @@ def in_process(
                 data = load_data(client)
                 update, mine = work(client, assignment, factory, data, plan, own, seed, device)
                 if store is not None and mine is not None and mine is not own:
-                    store.save(client, assignment.round, mine)
+                    # What came with a question must be there for the same round's work.
+                    trained = assignment.job is Job.TRAIN
+                    store.save(client, assignment.round if trained else assignment.round - 1, mine)
             except Exception as why:  # whatever goes wrong on a client is that client's failure
                 yield ClientFailure(client, f"{type(why).__name__}: {why}")
             else:

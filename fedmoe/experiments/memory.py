@@ -34,6 +34,8 @@ def peak_bytes(
         load_state(model, state)
         model.to(device)
         generator = torch_generator(0)
-        plan.method.train(LocalTask(first, model, batch, plan, generator, device, {}, {}))
+        task = LocalTask(first, model, batch, plan, generator, device, {}, {})
+        plan.method.begin(task)
+        plan.method.train(task)
 
     return peak_memory(step, device)

@@ -30,7 +30,7 @@ SHARES = (0.25,)
 NUM_MODELS = 4  # of IFCA and FedMix; together as large as the model of experts
 
 
-def motion(seed: int = 0, rounds: int = 20, *, lr: float = 0.1) -> Methods:
+def motion(seed: int = 0, rounds: int = 20, *, lr: float = 0.2) -> Methods:
     """30 people with up to 200 windows of motion each."""
     data = natural.motion(seed)
     member = partial(dense_classifier, SignalStem, MOTION_WIDTH, 128, data.num_classes)
@@ -51,7 +51,7 @@ def motion(seed: int = 0, rounds: int = 20, *, lr: float = 0.1) -> Methods:
     )
 
 
-def vowels(seed: int = 0, rounds: int = 20, *, lr: float = 0.1) -> Methods:
+def vowels(seed: int = 0, rounds: int = 20, *, lr: float = 0.3) -> Methods:
     """15 speakers with 33 rows of ten features each; groups are men and women."""
     data = natural.vowels(seed)
     member = partial(dense_classifier, vowel_stem, 64, 64, data.num_classes)
@@ -72,7 +72,7 @@ def vowels(seed: int = 0, rounds: int = 20, *, lr: float = 0.1) -> Methods:
     )
 
 
-def shakespeare(seed: int = 0, rounds: int = 20, *, lr: float = 0.2) -> Methods:
+def shakespeare(seed: int = 0, rounds: int = 20, *, lr: float = 0.3) -> Methods:
     """24 roles with up to 2,000 characters to learn each.
 
     Without FedMix and pFedMoE: their gates look at the input, and codes of characters are no

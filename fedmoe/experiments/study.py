@@ -108,7 +108,9 @@ def run_folder(
         ValueError: another process is at work on it.
     """
     spec = Spec.read(folder)
-    with _alone(folder):
+    with alone(folder):
+        if is_finished(folder):  # by another process, since this one looked
+            return
         run_experiment(
             make_experiment(spec),
             folder,
@@ -132,7 +134,7 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Hold the run's lock; the system lets go of it when this process ends, however it ends."""
     with (folder / ".lock").open("w") as file:
         try:

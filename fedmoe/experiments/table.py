@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
-from fedmoe.experiments import fashion
+from fedmoe.experiments import fashion, natural
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.run import Spec
 
@@ -23,7 +23,11 @@ EXPERIMENTS: Mapping[str, Make] = MappingProxyType(
     {
         "demo": fashion.demo,
         "domains": fashion.domains,
+        "domains-50": partial(fashion.domains, train=50, name="domains-50"),
+        "domains-1000": partial(fashion.domains, train=1000, name="domains-1000"),
         "domains-devices": fashion.domains_devices,
+        "domains-drop-out": partial(fashion.domains, drop_out=0.3, name="domains-drop-out"),
+        "two-domains": fashion.two_domains,
         "published-dirichlet": partial(fashion.published, partition="dirichlet"),
         "published-pathological": partial(fashion.published, partition="pathological"),
         "published-fifth-dirichlet": partial(
@@ -32,6 +36,12 @@ EXPERIMENTS: Mapping[str, Make] = MappingProxyType(
         "published-fifth-pathological": partial(
             fashion.published, partition="pathological", share=0.2
         ),
+        "dirichlet-0.5": partial(fashion.dirichlet, alpha=0.5),
+        "dirichlet-1.0": partial(fashion.dirichlet, alpha=1.0),
+        "hundred": fashion.hundred,
+        "motion": natural.motion,
+        "vowels": natural.vowels,
+        "shakespeare": natural.shakespeare,
     }
 )
 

@@ -84,6 +84,7 @@ class Mean:
 
 
 Weigh = Callable[[ClientUpdate, ExpertId], int]
+WeighShared = Callable[[ClientUpdate], int]
 
 
 def by_tokens(update: ClientUpdate, expert: ExpertId) -> int:
@@ -96,20 +97,28 @@ def by_examples(update: ClientUpdate, expert: ExpertId) -> int:
     return update.num_examples if tokens_of(update.profile, expert) else 0
 
 
+def shared_by_examples(update: ClientUpdate) -> int:
+    """The client's examples."""
+    return update.num_examples
+
+
 def average_by_expert(
-    model: MoEState, updates: Iterable[ClientUpdate], weigh: Weigh = by_tokens
+    model: MoEState,
+    updates: Iterable[ClientUpdate],
+    weigh: Weigh = by_tokens,
+    weigh_shared: WeighShared = shared_by_examples,
 ) -> MoEState:
     """Average each expert over the clients that held it, and the rest over all clients.
 
-    An expert, and its gate row with it, weighs what `weigh` says; shared parameters weigh by the
-    client's examples. An expert with one holder is copied bit for bit; one that nobody used keeps
-    the parameters it has in `model`. (FedMoE, Mei et al. 2024, arXiv:2408.11304, modular
-    aggregation; weights by tokens are ours.)
+    An expert, and its gate row with it, weighs what `weigh` says, shared parameters what
+    `weigh_shared` says; what weighs 0 is left out. An expert with one holder is copied bit for
+    bit; one that nobody used keeps the parameters it has in `model`. (FedMoE, Mei et al. 2024,
+    arXiv:2408.11304, modular aggregation; weights by tokens are ours.)
     """
     shared, experts = Mean(), {e: Mean() for e in model.experts}
     for update in updates:
-        if update.model.shared:
-            shared.add(update.model.shared, update.num_examples)
+        if update.model.shared and (weight := weigh_shared(update)):
+            shared.add(update.model.shared, weight)
         for e, state in update.model.experts.items():
             if weight := weigh(update, e):
                 experts[e].add(state, weight)

@@ -470,7 +470,7 @@ def accuracy(model: nn.Module, examples: Examples, device: torch.device) -> floa
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, examples: Examples, device: torch.device) -> float:
+def loss_on(model: nn.Module, examples: Examples, device: torch.device) -> float:
     """Cross-entropy, mean over examples; nan when there are none."""
     if not len(examples.y):
         return math.nan

@@ -28,7 +28,7 @@ def comparison_notes(rows: Sequence[Row]) -> list[Note]:
     """Every reason to doubt a comparison of these rows, those that refuse it first."""
     own = [r for r in rows if not r.get("published")]
     methods = list(dict.fromkeys(str(r["method"]) for r in own))
-    notes = [*_unfinished(own), *_chance(own), *_unmeasured(own), *_copied(rows)]
+    notes = [*_unfinished(own), *_chance(own), *_unmeasured(own), *_controls(own), *_copied(rows)]
     if len(methods) > 1:
         notes += [
             *_seeds(own, methods),
@@ -162,3 +162,10 @@ def _copied(rows: Sequence[Row]) -> list[Note]:
     if not any(r.get("published") for r in rows):
         return []
     return [Note("Rows marked † are published figures from another set-up.", refuses=False)]
+
+
+def _controls(rows: Sequence[Row]) -> list[Note]:
+    if not any(r.get("control") for r in rows):
+        return []
+    text = "Rows marked ‡ are controls: they know what a server cannot know, or ignore limits."
+    return [Note(text, refuses=False)]

@@ -242,6 +242,12 @@ class TableRow:
     num_seeds: int
     published: bool  # copied from a paper, not measured here
     values: Mapping[str, Aggregate]
+    control: bool = False  # a mark beside the methods: it knows what a server cannot know
+
+    @property
+    def competes(self) -> bool:
+        """Whether it may be called the best of its table."""
+        return not self.published and not self.control
 
 
 def table_rows(runs: Sequence[Run], protocol: str = "") -> list[TableRow]:
@@ -272,7 +278,8 @@ def aggregate_rows(rows: Sequence[Row]) -> list[TableRow]:
             for name in sorted(names)
             if all(_is_number(r.get(name)) for r in own)
         }
-        result.append(TableRow(method, len(own), published, values))
+        control = any(r.get("control") for r in own)
+        result.append(TableRow(method, len(own), published, values, control))
     return result
 
 

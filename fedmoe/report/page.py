@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -58,14 +58,10 @@ def render_report(runs: Sequence[Run]) -> str:
     styles = method_styles(list(methods))
     table = grid([result_row(run, "report") for run in ordered])
     found = panels(ordered, styles)
-    environment = Environment(
-        loader=PackageLoader("fedmoe.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return render(
+        "page.html",
+        found,
+        styles,
         title=" and ".join(sorted({run.info.experiment for run in ordered})),
         facts=_facts(ordered),
         partitions=_partitions(ordered),
@@ -73,19 +69,35 @@ def render_report(runs: Sequence[Run]) -> str:
         table=table,
         differences=_differences(ordered, table),
         reference=next(iter(methods)),
-        panels=found,
-        styles=styles,
-        palette=palette,
         troubles=_troubles(ordered),
         log_notes=[note for run in ordered for note in run.notes],
         runs=[(run, result_row(run, "report")) for run in ordered],
-        mib=lambda n: format_value(n, Unit.BYTES),
-        plotly_js=Markup(get_plotlyjs()),
-        data=_embedded(found, styles),
     )
 
 
-def _embedded(found: Sequence[Panel], styles: dict[str, Style]) -> Markup:
+def render(
+    template: str, found: Sequence[Panel], styles: Mapping[str, Style], **more: object
+) -> str:
+    """One of the templates, with its figures and all that draws them inside."""
+    environment = Environment(
+        loader=PackageLoader("fedmoe.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        panels=found,
+        styles=styles,
+        palette=palette,
+        mib=lambda n: format_value(n, Unit.BYTES),
+        plotly_js=Markup(get_plotlyjs()),
+        data=_embedded(found),
+        **more,
+    )
+
+
+def _embedded(found: Sequence[Panel]) -> Markup:
     """The figures as JSON that may stand inside a script element."""
     data = {
         "dark": palette.DARK,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedmoe.report.log import Run
-from fedmoe.report.measures import final_evaluation, result_row
+from fedmoe.report.measures import Row, final_evaluation, result_row
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,16 @@ def paired_over_seeds(
     Raises:
         ValueError: no common seed has the measure, or a pair has different partitions.
     """
-    differences = []
-    for a, b in _pairs(first, second):
-        x, y = result_row(a, "")[measure], result_row(b, "")[measure]
-        if x is not None and y is not None:
-            differences.append(x - y)
-    return _t_interval(differences, measure)
+    rows, others = ([result_row(run, "") for run in runs] for runs in (first, second))
+    return rows_over_seeds(rows, others, measure)
+
+
+def rows_over_seeds(
+    first: Sequence[Row], second: Sequence[Row], measure: str = "personal_mean"
+) -> PairedDifference:
+    """As `paired_over_seeds`, from rows of results."""
+    pairs = [(a[measure], b[measure]) for a, b in _pairs(first, second)]
+    return _t_interval([x - y for x, y in pairs if x is not None and y is not None], measure)
 
 
 def paired_over_clients(first: Sequence[Run], second: Sequence[Run]) -> PairedDifference:
@@ -44,24 +48,31 @@ def paired_over_clients(first: Sequence[Run], second: Sequence[Run]) -> PairedDi
     Clients of a run share a model, so this speaks of how clients differ, not of what
     another seed would give: for that, see `paired_over_seeds`.
     """
+
+    def rows(runs: Sequence[Run]) -> list[Row]:
+        finals = [(result_row(run, ""), final_evaluation(run)) for run in runs]
+        return [{**row, "chosen_by_client": e.chosen if e else {}} for row, e in finals]
+
+    return rows_over_clients(rows(first), rows(second))
+
+
+def rows_over_clients(first: Sequence[Row], second: Sequence[Row]) -> PairedDifference:
+    """As `paired_over_clients`, from rows with `chosen_by_client`."""
     differences = []
     for a, b in _pairs(first, second):
-        one, other = final_evaluation(a), final_evaluation(b)
-        if one and other:
-            common = sorted(one.chosen.keys() & other.chosen.keys())
-            differences += [one.chosen[c] - other.chosen[c] for c in common]
+        one, other = a["chosen_by_client"], b["chosen_by_client"]
+        differences += [one[c] - other[c] for c in sorted(one.keys() & other.keys())]
     return _t_interval(differences, "chosen accuracy")
 
 
-def _pairs(first: Sequence[Run], second: Sequence[Run]) -> list[tuple[Run, Run]]:
-    by_seed = {run.info.seed: run for run in second}
-    pairs = [(a, by_seed[a.info.seed]) for a in first if a.info.seed in by_seed]
+def _pairs(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
+    by_seed = {row["seed"]: row for row in second}
+    pairs = [(a, by_seed[a["seed"]]) for a in first if a["seed"] in by_seed]
     for a, b in pairs:
-        if a.info.partition_hash != b.info.partition_hash:
+        if a["partition_hash"] != b["partition_hash"]:
             raise ValueError(
-                f"a pair must share its partition, got {a.info.partition_hash} for "
-                f"{a.info.method} and {b.info.partition_hash} for {b.info.method}, "
-                f"seed {a.info.seed}"
+                f"a pair must share its partition, got {a['partition_hash']} for "
+                f"{a['method']} and {b['partition_hash']} for {b['method']}, seed {a['seed']}"
             )
     return pairs
 

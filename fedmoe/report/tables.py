@@ -124,6 +124,12 @@ class Line:
     num_seeds: int
     published: bool
     cells: Sequence[Cell]  # as many as the grid has columns
+    control: bool = False
+
+    @property
+    def name(self) -> str:
+        """The method's name with its mark."""
+        return self.method + ("†" if self.published else "‡" if self.control else "")
 
 
 @dataclass(frozen=True)
@@ -135,30 +141,40 @@ class Grid:
     notes: Sequence[Note]
 
 
-def grid(rows: Sequence[Row]) -> Grid:
-    """The table of these rows of results; a column that nobody has a value for is left out."""
-    methods, notes = aggregate_rows(rows), comparison_notes(rows)
-    columns = [c for c in COLUMNS if any(c.key in m.values for m in methods)]
-    mark = not refused(notes) and sum(not m.published for m in methods) > 1
+def grid(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> Grid:
+    """The table of these rows of results; a column that nobody has a value for is left out.
+
+    Controls, and then published figures, stand below the methods and are never the best.
+    """
+    notes = comparison_notes(rows)
+    methods = sorted(aggregate_rows(rows), key=lambda m: (m.published, m.control))
+    columns = [c for c in columns if any(c.key in m.values for m in methods)]
+    mark = not refused(notes) and sum(m.competes for m in methods) > 1
     best = {c: _best(c, methods) if mark else None for c in columns}
     return Grid(
         columns,
         [
-            Line(m.method, m.num_seeds, m.published, [_cell(c, m, best[c]) for c in columns])
+            Line(
+                m.method,
+                m.num_seeds,
+                m.published,
+                [_cell(c, m, best[c]) for c in columns],
+                m.control,
+            )
             for m in methods
         ],
         notes,
     )
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
     """The table in Markdown, notes below, the best in bold."""
-    table = grid(rows)
+    table = grid(rows, columns)
     head = ["method", "seeds", *(c.title for c in table.columns)]
     lines = [_markdown_line(head), "|---|" + "---:|" * (len(head) - 1)]
     for line in table.lines:
         cells = [f"**{c.text}**" if c.best else c.text for c in line.cells]
-        name = line.method.replace("|", "\\|") + ("†" if line.published else "")
+        name = line.name.replace("|", "\\|")
         lines.append(_markdown_line([name, str(line.num_seeds), *cells]))
     if table.notes:
         lines += ["", *(f"- {note.text}" for note in table.notes)]
@@ -205,7 +221,7 @@ def _terminal_part(content: Grid, columns: Sequence[Column]) -> Table:
             Text(line.cells[i].text.replace(" ", ""), "bold green" if line.cells[i].best else "")
             for i in shown
         ]
-        name = Text(line.method + ("†" if line.published else ""), style="bold")
+        name = Text(line.name, style="bold")
         table.add_row(name, str(line.num_seeds), *cells)
     return table
 
@@ -236,7 +252,7 @@ def _cell(column: Column, row: TableRow, best: str | None) -> Cell:
     if value is None:
         return Cell("-")
     text = format_value(value.mean, column.unit)
-    is_best = best is not None and text == best and not row.published
+    is_best = best is not None and text == best and row.competes
     return Cell(_with_std(text, value, column.unit), is_best)
 
 
@@ -249,7 +265,7 @@ def _with_std(text: str, value: Aggregate, unit: Unit) -> str:
 
 def _best(column: Column, rows: Sequence[TableRow]) -> str | None:
     """The best value as written, so that what looks equal is marked equal."""
-    means = [r.values[column.key].mean for r in rows if column.key in r.values and not r.published]
+    means = [r.values[column.key].mean for r in rows if column.key in r.values and r.competes]
     if column.better is Better.NEITHER or len(means) < 2:
         return None
     best = max(means) if column.better is Better.HIGH else min(means)

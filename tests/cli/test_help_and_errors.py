@@ -35,8 +35,8 @@ def test_the_help_of_a_command_has_no_markup_left_and_fits_80_columns(fedmoe, co
 
 
 def test_the_help_of_run_names_every_experiment(fedmoe):
-    text = " ".join(fedmoe("run", "--help").stdout.split())
-    assert [name for name in EXPERIMENTS if f" {name}," not in text.replace(".", ",")] == []
+    words = {word.strip(".,") for word in fedmoe("run", "--help").stdout.split()}
+    assert EXPERIMENTS.keys() <= words
 
 
 def test_the_version_is_the_package_s(fedmoe):
@@ -61,7 +61,7 @@ def test_help_loads_neither_torch_nor_plotly_nor_flower():
     "arguments, told",
     [
         (["run", "demmo"], ["'demmo'", "did you mean 'demo'?", "module:function"]),
-        (["run", "zzz"], ["'zzz'", "there are demo, domains"]),
+        (["run", "zzz"], ["'zzz'", "there are demo, dirichlet-0.5"]),
         (["run", "nowhere:tiny"], ["module 'nowhere'", "cannot be imported"]),
         (["run", "lab:tinny"], ["no function 'tinny'", "did you mean 'tiny'?"]),
         (["run", "lab:tiny", "--method", "fedmo"], ["no method 'fedmo'", "'fedmoe'"]),

@@ -15,6 +15,7 @@ from fedmoe.federated.local import (
     fedper,
     fedrep,
     frozen_router,
+    loss_on,
     own_part,
     private_router,
     profile_data,
@@ -594,6 +595,13 @@ def test_a_client_without_training_data_is_named():
     empty = ClientData(examples(0, 1), DATA.validation, DATA.test)
     with pytest.raises(ValueError, match="client 7 has no training examples"):
         do(data=empty, client=7)
+
+
+def test_the_loss_on_examples_is_the_mean_however_many_fit_into_memory_at_once():
+    model, (x, y) = tiny(), examples(1203, seed=4)
+    wanted = nn.functional.cross_entropy(model(x), y).item()
+    assert loss_on(model, Examples(x, y), CPU) == pytest.approx(wanted)
+    assert math.isnan(loss_on(model, Examples(x[:0], y[:0]), CPU))
 
 
 @pytest.mark.parametrize("lr", [1e30, 3e38])

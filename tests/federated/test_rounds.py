@@ -403,3 +403,29 @@ def test_who_cannot_be_given_experts_is_not_evaluated_and_named():
     assert reports[-1].metrics.keys() == {0, 1, 2}
     _, reports = run(Clients(), replace(PLAIN, explore_rounds=9))
     assert [f.reason for f in reports[-1].failed] == ["has been given no experts yet"] * 4
+
+
+def test_quotas_take_so_many_of_each_set_of_clients():
+    clients = [ClientInfo(k) for k in range(12)]
+    few, many = frozenset({1, 4, 7}), frozenset(range(12)) - {1, 4, 7}
+    schedule = Schedule(40, seed=5, quotas=((few, 3), (many, 2)))
+    taking_part = [{c.id for c in schedule.participants(r, clients)} for r in range(40)]
+    assert all(few <= own and len(own & many) == 2 for own in taking_part)
+    assert set().union(*taking_part) == set(range(12)) and len(set(map(frozenset, taking_part))) > 9
+    again = replace(schedule).participants(3, clients[::-1])
+    assert [c.id for c in again] == sorted(taking_part[3])
+
+
+def test_a_client_of_two_quotas_comes_once_and_a_quota_may_be_nobody():
+    clients = [ClientInfo(k) for k in range(4)]
+    both = Schedule(1, quotas=((frozenset({0, 1}), 2), (frozenset({1, 2}), 2), (frozenset({3}), 0)))
+    assert [c.id for c in both.participants(0, clients)] == [0, 1, 2]
+
+
+def test_quotas_that_cannot_be_met_are_named():
+    with pytest.raises(ValueError, match="from 0 to the number of clients they are of, got 3 of 2"):
+        Schedule(1, quotas=((frozenset({0, 1}), 3),))
+    with pytest.raises(ValueError, match="clients_per_round must be None where .* got 2"):
+        Schedule(1, clients_per_round=2, quotas=((frozenset({0}), 1),))
+    with pytest.raises(ValueError, match="of the 1 clients that train, got client 5"):
+        Schedule(1, quotas=((frozenset({0, 5}), 1),)).participants(0, [ClientInfo(0)])

@@ -40,10 +40,9 @@ class Double(nn.Module):
         return self.map(image_NCHW.flatten(1)).relu()
 
 
-def members(encoder=True, gate=None, seed=0, reads="input", **settings):
+def members(encoder=True, gate=None, gate_mass="renormalise", seed=0, reads="input", **settings):
     def build():
-        width = F if encoder else 6
-        own = gate or RankingGate(width, 7, M, **settings.pop("gate", {}))
+        own = gate or RankingGate(F if encoder else 6, 7, M, gate_mass=gate_mass)
         models = [Picture() if reads == "input" else nn.Linear(F, C) for _ in range(M)]
         more = {"encoder": Double(), "num_features": F} if encoder else {}
         return Members(own, models, C, SHAPE, reads=reads, **more, **settings)
@@ -83,7 +82,7 @@ def test_logits_may_be_mixed_instead(x):
 
 
 def test_weight_of_absent_members_goes_to_all_classes_evenly(x):
-    model = members(gate={"gate_mass": "full"})
+    model = members(gate_mass="full")
     model.mixture.hold([1])
     g_N = model.mixture.gate(model.encoder(x), torch.ones(M, dtype=torch.bool)).score_TE[:, 1:2]
     p_NC = g_N * models_of(model)[1](x).softmax(-1) + (1 - g_N) / C

@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 
 from fedmoe.report.log import ClientAccuracy, RoundRecord, Run, RunInfo
-from fedmoe.report.paired import paired_over_clients, paired_over_seeds, t_95
+from fedmoe.report.paired import (
+    paired_over_clients,
+    paired_over_seeds,
+    rows_over_clients,
+    rows_over_seeds,
+    t_95,
+)
+from fedmoe.report.rows import full_row
 
 
 @pytest.fixture
@@ -52,6 +59,14 @@ def test_only_seeds_that_both_methods_ran_are_paired(runs: Callable[..., list[Ru
 def test_clients_are_paired_by_seed_and_id(runs: Callable[..., list[Run]]) -> None:
     difference = paired_over_clients(runs("a", [[0.5, 0.75]]), runs("b", [[0.25, 0.0]]))
     assert (difference.mean, difference.num_pairs) == (0.5, 2)  # (0.25 + 0.75) / 2
+
+
+def test_rows_pair_as_their_runs_do(runs: Callable[..., list[Run]]) -> None:
+    first = runs("a", [[0.2, 0.4], [0.7, 0.7], [0.9, 0.9]])
+    second = runs("b", [[0.2, 0.2], [0.5, 0.5]])
+    rows = [[full_row(run, "p") for run in own] for own in (first, second)]
+    assert rows_over_seeds(*rows) == paired_over_seeds(first, second)
+    assert rows_over_clients(*rows) == paired_over_clients(first, second)
 
 
 def test_a_pair_with_different_partitions_is_refused(runs: Callable[..., list[Run]]) -> None:

@@ -9,7 +9,15 @@ from rich.console import Console
 
 from fedmoe.report.log import Run
 from fedmoe.report.measures import Row, result_row
-from fedmoe.report.tables import TerminalTable, Unit, format_value, grid, markdown_table
+from fedmoe.report.tables import (
+    Better,
+    Column,
+    TerminalTable,
+    Unit,
+    format_value,
+    grid,
+    markdown_table,
+)
 
 
 @pytest.fixture
@@ -77,6 +85,23 @@ def test_a_published_row_is_never_the_best(rows: list[Row]) -> None:
     assert "| a\\|b† | 1 | 99.0 |" in text
     equal = {**published, "personal_mean": grid_best(rows)}
     assert [line.cells[0].best for line in grid([*rows, equal]).lines][-1] is False
+
+
+def test_a_control_stands_below_the_methods_and_is_never_the_best(rows: list[Row]) -> None:
+    marked = [
+        {**r, "control": True, "personal_mean": 0.99} if r["method"] == "fedavg" else r
+        for r in rows
+    ]
+    table = grid(marked)
+    assert [line.name for line in table.lines] == ["fedmoe", "local", "fedavg‡"]
+    assert [line.cells[0].best for line in table.lines] == [False, True, False]  # local's
+    text = markdown_table(marked)
+    assert "| fedavg‡ | 3 | 99.0" in text and "- Rows marked ‡ are controls" in text
+
+
+def test_columns_can_be_named(rows: list[Row]) -> None:
+    column = Column("seconds_exploring", "Exploring", Unit.SECONDS, Better.LOW, "")
+    assert markdown_table(rows, [column]).splitlines()[0] == "| method | seeds | Exploring |"
 
 
 def grid_best(rows: list[Row]) -> float:

@@ -1,13 +1,22 @@
 """The scripts that make tables, on runs made by hand."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from fedmoe.experiments import sweep
+from fedmoe.experiments.study import RunProgress
+from fedmoe.experiments.sweep import Setting
+from fedmoe.experiments.table import find_experiment
+from fedmoe.federated.rounds import Schedule
 from fedmoe.report.log import ClientAccuracy, ClientEntry, RoundRecord, Run, RunInfo, RunLog
+from fedmoe.report.rows import read_rows
+from simulations import table_fashion, table_personal
 from simulations.ablate_choice import shared_experts
-from simulations.table_fashion import PROTOCOLS, jobs_of, write_results
+from simulations.tables import TABLES, Table, carry_out, options_of, settings_of
 from simulations.tune_fashion import validation_accuracy
+from tests.tiny import experiment
 
 
 def info(method: str = "fedmoe", seed: int = 0) -> RunInfo:
@@ -35,21 +44,92 @@ def test_tuning_looks_at_validation_data_and_takes_the_better_of_the_two(tmp_pat
     assert validation_accuracy(tmp_path) == 0.75
 
 
-def test_the_table_names_every_protocol_method_and_seed_once():
-    jobs = jobs_of(["domains"], [0, 1], Path("runs"), ["fedmoe", "local"])
-    assert len({folder for _, folder in jobs}) == len(jobs) == 4
-    assert set(PROTOCOLS) > {"domains"}
+TINY = Table("tiny", "Tiny methods", (Setting("tiny:tiny", 1), Setting("nowhere")), page=True)
 
 
-@pytest.mark.parametrize("seeds", [[0], [0, 1]])
-def test_results_hold_the_finished_runs_and_pair_methods_by_seed(tmp_path, seeds):
-    jobs = jobs_of(["domains"], seeds, tmp_path / "runs", ["fedmoe", "local"])
-    better = ClientAccuracy(0.5, 0.5, 0.75, 0.7 + 0.0)
-    for spec, folder in jobs:
-        log = RunLog.create(folder, info(spec.method, spec.seed))
-        log.append(RoundRecord(0, "train", 0.5, 10, 10, loss=1.0))
-        log.append(final(HELD, better if spec.method == "fedmoe" else ACCURACY))
-    write_results(jobs, tmp_path / "results")
-    text = (tmp_path / "results" / "fashion.md").read_text()
-    assert "70.0" in text and "60.0" in text
-    assert ("fedmoe less local: +10.00 points" in text) == (len(seeds) == 2)
+def finished_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In place of a study: every run is finished at once; the better method is fedmoe."""
+    ran: list[str] = []
+
+    def study(jobs, workers, *, watch, every_s):
+        progress = []
+        for spec, folder in jobs:
+            ran.append(folder.name)
+            log = RunLog.create(folder, info(spec.method, spec.seed))
+            log.append(RoundRecord(0, "train", 0.5, 10, 10, loss=1.0))
+            better = ClientAccuracy(0.5, 0.5, 0.75, 0.7)
+            log.append(final(HELD, better if spec.method == "fedmoe" else ACCURACY))
+            progress.append(RunProgress(spec, folder, 2, 60, 0.5, True))
+        watch(progress)
+        return progress
+
+    monkeypatch.setattr(sweep, "run_study", study)
+    return ran
+
+
+@pytest.fixture
+def tiny_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
+    sys.modules.pop("tiny", None)
+
+
+@pytest.mark.parametrize("seeds", ["0", "0 1 2"])
+def test_a_table_is_run_and_written_and_says_what_it_lacks(
+    tiny_target, tmp_path, monkeypatch, capsys, seeds
+):
+    ran = finished_runs(monkeypatch)
+    command = ["--runs", str(tmp_path / "runs"), "--seeds", *seeds.split()]
+    options = options_of(TINY, None).parse_args(command)
+    # nowhere cannot be run
+    assert carry_out(TINY, TINY.settings, options, tmp_path / "results") == 1
+    assert len(ran) == 3 * len(options.seeds)
+    assert "cannot run nowhere: no experiment is called 'nowhere'" in capsys.readouterr().out
+    text = (tmp_path / "results" / "tiny.md").read_text()
+    assert text.startswith("# Tiny methods\n") and "70.0" in text and "60.0" in text
+    assert "Not in this table: nowhere (no experiment is called" in text
+    assert ("| local | **+10.00** | +10.00 to +10.00 |" in text) == (len(options.seeds) == 3)
+    assert len(read_rows(tmp_path / "results" / "tiny.json")) == len(ran)
+    assert "Tiny methods" in (tmp_path / "results" / "tiny.html").read_text()
+    assert carry_out(TINY, TINY.settings, options, tmp_path / "results") == 1
+    assert len(ran) == 3 * len(options.seeds)  # as before
+
+
+def test_a_folder_of_another_version_or_an_unknown_method_stops_a_table_at_once(
+    tiny_target, tmp_path, monkeypatch, capsys
+):
+    ran = finished_runs(monkeypatch)
+    options = options_of(TINY, None).parse_args(["--runs", str(tmp_path), "--methods", "nobody"])
+    assert carry_out(TINY, TINY.settings, options, tmp_path / "results") == 2
+    assert "methods must be among fedavg, fedmoe, local, got 'nobody'" in capsys.readouterr().err
+    (tmp_path / "sweep.json").write_text('{"format": 99}')
+    assert carry_out(TINY, TINY.settings, options, tmp_path / "results") == 2
+    assert "holds a sweep of format 99" in capsys.readouterr().err and ran == []
+
+
+@pytest.mark.parametrize("module", [table_fashion, table_personal])
+def test_every_table_has_its_protocols_seeds_and_file(module):
+    options = options_of(module.TABLE, None).parse_args([])
+    assert options.protocols == list(module.PROTOCOLS) and options.seeds == [0, 1, 2]
+    assert module.TABLE.name in TABLES and set(module.PROTOCOLS) >= {"domains"}
+
+
+def test_the_quick_table_has_the_same_methods_on_fewer_clients(tiny_target):
+    quick = table_personal.quickened(Setting("tiny:tiny", label="small"))
+    assert (quick.protocol, quick.rounds) == ("small", 2)
+    few = find_experiment(quick.target)(seed=0, rounds=2, **quick.arguments)
+    whole = find_experiment("tiny:tiny")(seed=0, rounds=2)
+    assert few.keys() == whole.keys()
+    for method, e in few.items():
+        assert e.clients == whole[method].clients[: table_personal.QUICK_CLIENTS]
+        assert e.schedule.rounds == 2 and e.plan == whole[method].plan
+
+
+def test_protocols_are_told_by_the_tables_own_settings_or_by_any_experiments_name():
+    table = Table("tiny", "Tiny", (Setting("tiny:tiny", 1, label="small"),))
+    assert settings_of(table, ["small", "domains"]) == [*table.settings, Setting("domains")]
+
+
+def test_no_more_clients_a_round_than_the_quick_table_has():
+    whole = experiment(schedule=Schedule(2, clients_per_round=4), clients=experiment().clients[:3])
+    quick = table_personal._first_clients(whole)
+    assert quick.schedule.clients_per_round == 3

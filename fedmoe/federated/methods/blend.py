@@ -39,8 +39,9 @@ class Blend(LocalMethod):
     """The local method.
 
     After training, the client goes on with the blend or with the trained model, whichever is
-    the better on its validation part; that one is kept, and is what the next round's blends are made of.
-    Without validation examples it begins with what arrived and keeps what it trained.
+    the better on its validation part; that one is kept, and the next round's blends are made of
+    it. Without validation examples it begins with what arrived and keeps what it trained. A
+    validation part of a few examples chooses badly: see simulations/LOG.md.
 
     Attributes:
         shares: the blends to choose from; of equally good ones the first wins.

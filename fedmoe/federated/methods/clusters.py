@@ -18,7 +18,7 @@ that clients with like data shall share a model.
 import math
 from dataclasses import dataclass
 
-from fedmoe.federated.local import LocalMethod, LocalTask, mean_loss
+from fedmoe.federated.local import LocalMethod, LocalTask, loss_on
 from fedmoe.state import moe_layers
 from fedmoe.types import ClientUpdate, ExpertId
 
@@ -46,7 +46,7 @@ class BestMember(LocalMethod):
         losses = {}
         for member in moe.held:
             moe.gate.member = member  # type: ignore[assignment]
-            loss = mean_loss(task.model, task.examples, task.device)
+            loss = loss_on(task.model, task.examples, task.device)
             losses[member] = loss if math.isfinite(loss) else math.inf
         moe.gate.member = min(losses, key=lambda e: (losses[e], e))  # type: ignore[assignment]
 

@@ -38,8 +38,7 @@ def is_norm(name: str) -> bool:
 def is_not_shared_extractor(name: str) -> bool:
     """True of all but expert 1 of layer 0, the shared extractor of `nn.extractors`.
 
-    pFedMoE: Yi, Yu, Ren, Wang, Liu, Li 2024, "pFedMoE: Data-Level Personalization with Mixture of
-    Experts for Model-Heterogeneous Personalized Federated Learning", arXiv:2402.01350. The private
-    extractor, the gate and the header never leave the client.
+    pFedMoE: Yi et al. 2024, arXiv:2402.01350. The private extractor, the gate and the header never
+    leave the client.
     """
     return not name.startswith("experts.0.1.")

@@ -53,7 +53,8 @@ def test_scores_and_weights_are_those_of_the_definition(x_TD):
 def test_only_the_last_columns_are_read(x_TD):
     other_TD = x_TD.clone()
     other_TD[:, : D - F] = 99.0
-    assert torch.equal(gate()(x_TD, present(0, 1)).score_TE, gate()(other_TD, present(0, 1)).score_TE)
+    routings = [gate()(told_TD, present(0, 1)) for told_TD in (x_TD, other_TD)]
+    assert torch.equal(routings[0].score_TE, routings[1].score_TE)
     with pytest.raises(ValueError, match="at least 4 features, got 3"):
         gate()(x_TD[:, :3], present(0))
 

@@ -1,0 +1,124 @@
+"""Encoders that never train, and heads on their features.
+
+FedJETs (Dun et al. 2023, arXiv:2306.08586) has one: the "common expert", trained beforehand on
+other data. A head on it is the plainest use of an encoder, and so what FedJETs must beat: a linear
+one, or prototypes, the means of each class (Snell et al. 2017, arXiv:1703.05175).
+
+Shape suffixes: N examples, F features, C classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fedmoe.nn.classifier import StemAndHead
+from fedmoe.nn.experts.ffn import FFN, activate
+
+
+class Encoder(nn.Module):
+    """A classifier with one hidden layer behind its stem, up to that layer: (N, ...) -> (N, F)."""
+
+    def __init__(self, classifier: StemAndHead) -> None:
+        """Raises ValueError where the head is no feed-forward one."""
+        super().__init__()
+        head = classifier.head
+        if not isinstance(head, FFN):
+            raise ValueError(f"the classifier's head must be an FFN, got {type(head).__name__}")
+        self.stem, self.up, self.activation = classifier.stem, head.up, head.activation
+        self.out_dim = head.hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activate(self.up(self.stem(x)), self.activation)
+
+
+class PrototypeHead(nn.Module):
+    """The class whose mean feature is nearest: logits are negative squared distances over F.
+
+    Its parameters are sums and counts over examples, so the mean of several clients' parameters,
+    every client weighing the same, is the head of all their examples together. A class without
+    examples is never predicted.
+    """
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.sum_CF = nn.Parameter(torch.zeros(num_classes, num_features))
+        self.count_C = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, feature_NF: Tensor) -> Tensor:
+        known_C = self.count_C > 0
+        mean_CF = self.sum_CF / self.count_C.where(known_C, 1.0)[:, None]
+        distance_NC = torch.cdist(feature_NF, mean_CF).square() / feature_NF.shape[1]
+        return -distance_NC.masked_fill(~known_C, torch.inf)
+
+    @torch.no_grad()
+    def fit(self, feature_NF: Tensor, y_N: Tensor) -> None:
+        """Set the head to that of these examples alone."""
+        self.count_C.copy_(y_N.bincount(minlength=len(self.count_C)))
+        self.sum_CF.zero_().index_add_(0, y_N, feature_NF.to(self.sum_CF.dtype))
+
+
+class Encoded(nn.Module):
+    """A head on the features of an encoder that never trains: the plainest use of one."""
+
+    def __init__(self, encoder: nn.Module, num_features: int, head: nn.Module) -> None:
+        """Raises ValueError where the encoder's features are not `num_features` wide."""
+        super().__init__()
+        check_widths(encoder, num_features)
+        self.encoder, self.num_features, self.head = encoder, num_features, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs, or what `rows` made of them, to what the head gives, (N, C)."""
+        y_NC: Tensor = self.head(self.rows(x))
+        return y_NC
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Inputs, or their features, to features (N, F)."""
+        return x if self.is_row(x) else self.features(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        return encoded(self.encoder, x, self.num_features)
+
+    def joined(self, x: Tensor, feature_NF: Tensor) -> Tensor:
+        return feature_NF
+
+    def is_row(self, x: Tensor) -> bool:
+        return x.dim() == 2 and x.shape[1] == self.num_features
+
+
+def encoded(encoder: nn.Module, x: Tensor, num_features: int) -> Tensor:
+    """The encoder's features (N, `num_features`), without a gradient and in evaluation mode.
+
+    Raises:
+        ValueError: they have another width.
+    """
+    encoder.eval()
+    with torch.no_grad():
+        feature_NF: Tensor = encoder(x)
+    check_widths(encoder, num_features, got=feature_NF.shape[-1])
+    return feature_NF
+
+
+def check_widths(
+    encoder: nn.Module | None,
+    num_features: int,
+    gate: int | None = None,
+    got: int | None = None,
+) -> None:
+    """Raise ValueError where encoder and reader do not agree on the width of features.
+
+    Args:
+        num_features: what is expected of the encoder.
+        gate: the width that a gate reads; None: it does not say.
+        got: the width that the encoder gave; None: the one that it tells, if it does.
+    """
+    if encoder is None:
+        return
+    told = getattr(encoder, "out_dim", None) if got is None else got
+    if told is not None and told != num_features:
+        raise ValueError(f"the encoder must give {num_features} features, got {told}")
+    if gate is not None and gate != num_features:
+        raise ValueError(f"the gate must read the encoder's {num_features} features, got {gate}")
+
+
+def of_encoder(name: str) -> bool:
+    """True of the parameters of an `encoder` of `Encoded` and of `members.Members`."""
+    return name.startswith("encoder.")

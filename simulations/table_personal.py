@@ -1,0 +1,81 @@
+"""The table of personalised methods on all protocols: images, motion, speech and text.
+
+    python -m simulations.table_personal [--protocols domains ...] [--methods fedmoe ...]
+    python -m simulations.table_personal --quick
+
+Writes simulations/results/personal.json and, made from it, personal.md and personal.html, as runs
+finish. Runs live in runs/table and go on where they were stopped. `--quick` runs one seed of every
+method on few clients for two rounds, in runs/quick, and prints the table: to see that all of it
+works, not what is best.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedmoe.experiments.experiment import Experiment
+from fedmoe.experiments.sweep import Setting
+from fedmoe.experiments.table import find_experiment
+from simulations.tables import RUNS, SEEDS, Table, carry_out, options_of, settings_of
+
+PROTOCOLS = (
+    "domains",
+    "published-fifth-dirichlet",
+    "published-fifth-pathological",
+    "two-domains",
+    "motion",
+    "vowels",
+    "shakespeare",
+)
+TABLE = Table(
+    "personal",
+    "Personalised federated learning, compared",
+    tuple(Setting(name) for name in PROTOCOLS),
+    split=("fedavg",),
+    page=True,
+)
+QUICK = Path("runs/quick")
+QUICK_CLIENTS, QUICK_ROUNDS = 4, 2  # one client of each domain; FedMoE explores in the first round
+
+
+def few_clients(
+    seed: int, rounds: int, protocol: str, arguments: Mapping[str, Any]
+) -> Mapping[str, Experiment]:
+    """The protocol's methods, with its first clients alone."""
+    methods = find_experiment(protocol)(seed=seed, rounds=rounds, **arguments)
+    return {m: _first_clients(e) for m, e in methods.items()}
+
+
+def _first_clients(e: Experiment) -> Experiment:
+    clients = e.clients[:QUICK_CLIENTS]
+    per_round = e.schedule.clients_per_round
+    schedule = replace(e.schedule, clients_per_round=per_round and min(per_round, len(clients)))
+    return replace(e, clients=clients, unseen=e.unseen[:QUICK_CLIENTS], schedule=schedule)
+
+
+def quickened(s: Setting) -> Setting:
+    """The same protocol on few clients for few rounds."""
+    arguments = {"protocol": s.target, "arguments": dict(s.arguments)}
+    return Setting(f"{__spec__.name}:few_clients", QUICK_ROUNDS, arguments, s.protocol)
+
+
+def main() -> int:
+    parser = options_of(TABLE, __doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed, few clients, two rounds")
+    options = parser.parse_args()
+    settings = settings_of(TABLE, options.protocols)
+    if not options.quick:
+        return carry_out(TABLE, settings, options)
+    if options.runs == RUNS:
+        options.runs = QUICK
+    if options.seeds == list(SEEDS):
+        options.seeds = [SEEDS[0]]
+    code = carry_out(TABLE, [quickened(s) for s in settings], options, options.runs)
+    if code < 2:
+        print((options.runs / f"{TABLE.name}.md").read_text(encoding="utf-8"))
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
