@@ -5,8 +5,8 @@
 
 Writes simulations/results/personal.json and, made from it, personal.md and personal.html, as runs
 finish. Runs live in runs/table and go on where they were stopped. `--quick` runs one seed of every
-method on few clients for two rounds, in runs/quick, and prints the table: to see that all of it
-works, not what is best.
+method on few clients with few examples for two rounds, in runs/quick, and prints the table: to see
+that all of it works, not what is best.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedmoe.data.examples import ClientData, Examples
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.sweep import Setting
 from fedmoe.experiments.table import find_experiment
@@ -36,22 +37,43 @@ TABLE = Table(
     page=True,
 )
 QUICK = Path("runs/quick")
-QUICK_CLIENTS, QUICK_ROUNDS = 4, 2  # one client of each domain; FedMoE explores in the first round
+QUICK_CLIENTS = 4  # one of each domain
+QUICK_EXAMPLES = 60  # at most, in each part of a client's data
+QUICK_ROUNDS = 2  # FedMoE explores in the first
 
 
 def few_clients(
     seed: int, rounds: int, protocol: str, arguments: Mapping[str, Any]
 ) -> Mapping[str, Experiment]:
-    """The protocol's methods, with its first clients alone."""
+    """The protocol's methods, on the first clients and a few of their examples."""
     methods = find_experiment(protocol)(seed=seed, rounds=rounds, **arguments)
-    return {m: _first_clients(e) for m, e in methods.items()}
+    return {m: _made_small(e) for m, e in methods.items()}
 
 
-def _first_clients(e: Experiment) -> Experiment:
+def _made_small(e: Experiment) -> Experiment:
     clients = e.clients[:QUICK_CLIENTS]
     per_round = e.schedule.clients_per_round
-    schedule = replace(e.schedule, clients_per_round=per_round and min(per_round, len(clients)))
-    return replace(e, clients=clients, unseen=e.unseen[:QUICK_CLIENTS], schedule=schedule)
+    return replace(
+        e,
+        clients=clients,
+        unseen=e.unseen[:QUICK_CLIENTS],
+        schedule=replace(e.schedule, clients_per_round=per_round and min(per_round, len(clients))),
+        data=replace(
+            e.data,
+            load=lambda client: _few_examples(e.data.load(client)),
+            partition_hash=f"{e.data.partition_hash}-{QUICK_EXAMPLES}",
+        ),
+    )
+
+
+def _few_examples(data: ClientData) -> ClientData:
+    """At most so many of each part, evenly spread, so that no label is lost to their order."""
+
+    def thinned(part: Examples) -> Examples:
+        step = max(1, -(-len(part.y) // QUICK_EXAMPLES))
+        return Examples(part.x[::step], part.y[::step])
+
+    return ClientData(thinned(data.train), thinned(data.validation), thinned(data.test))
 
 
 def quickened(s: Setting) -> Setting:
@@ -62,7 +84,7 @@ def quickened(s: Setting) -> Setting:
 
 def main() -> int:
     parser = options_of(TABLE, __doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, few clients, two rounds")
+    parser.add_argument("--quick", action="store_true", help="one seed, few clients, few examples")
     options = parser.parse_args()
     settings = settings_of(TABLE, options.protocols)
     if not options.quick:

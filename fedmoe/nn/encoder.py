@@ -57,7 +57,11 @@ class PrototypeHead(nn.Module):
 
 
 class Encoded(nn.Module):
-    """A head on the features of an encoder that never trains: the plainest use of one."""
+    """A head on the features of an encoder that never trains: the plainest use of one.
+
+    It takes inputs, or features that were computed before; rows (N, F) pass for features, so the
+    inputs themselves must not be rows of that width.
+    """
 
     def __init__(self, encoder: nn.Module, num_features: int, head: nn.Module) -> None:
         """Raises ValueError where the encoder's features are not `num_features` wide."""

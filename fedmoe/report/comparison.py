@@ -138,7 +138,8 @@ def comparison_markdown(rows: Sequence[Row], reference: str) -> str:
         parts.append(markdown_table(with_target(own, target), COMPARED).rstrip())
         if target is not None:
             parts.append(target_text(target, own))
-        if ahead := leads(own, reference):
+        ahead = leads(own, reference)
+        if any(lead.over_seeds for lead in ahead):  # else the notes say why there is none
             parts.append(leads_table(ahead, reference))
         sections.append("\n\n".join(parts))
     return "\n\n\n".join(sections) + "\n"

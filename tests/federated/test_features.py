@@ -9,7 +9,7 @@ from fedmoe.nn.encoder import Encoded
 from fedmoe.nn.init import seeded
 from tests.tiny import IN, client_data
 
-F = 3
+F = 5  # another width than the inputs, or these would pass for features
 PARTS = ("train", "validation", "test")
 
 

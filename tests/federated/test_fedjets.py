@@ -273,9 +273,13 @@ def test_who_is_no_anchor_learns_gate_and_experts_from_one_loss():
 def test_a_frozen_gate_is_left_alone_by_all(tmp_path):
     plan = replace(PLAN, phases=(Phase(other_than(of_gate)),))
     run = Simulation(tmp_path, plan=plan)
-    for name, value in run.end.model.shared.items():
-        assert torch.equal(value, FULL.shared[name])
-    assert state_hash(run.end.model) != state_hash(FULL)
+    for name, value in run.end.model.shared.items():  # but for the rounding of a mean
+        torch.testing.assert_close(value, FULL.shared[name], rtol=0, atol=1e-8)
+    assert not torch.equal(*(_numbers(m.experts) for m in (run.end.model, FULL)))
+
+
+def _numbers(experts):
+    return torch.cat([t.flatten() for e in sorted(experts) for t in experts[e].values()])
 
 
 def test_gate_names_are_those_of_the_one_layers_gate():

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from fedmoe.data.examples import ClientData, Examples
 from fedmoe.experiments import sweep
 from fedmoe.experiments.study import RunProgress
 from fedmoe.experiments.sweep import Setting
@@ -122,6 +124,17 @@ def test_the_quick_table_has_the_same_methods_on_fewer_clients(tiny_target):
     for method, e in few.items():
         assert e.clients == whole[method].clients[: table_personal.QUICK_CLIENTS]
         assert e.schedule.rounds == 2 and e.plan == whole[method].plan
+        assert e.data.partition_hash != whole[method].data.partition_hash
+
+
+@pytest.mark.parametrize("count, kept", [(0, 0), (59, 59), (61, 31), (600, 60)])
+def test_the_quick_table_keeps_few_examples_from_all_over_each_part(count, kept):
+    part = Examples(torch.arange(count).float(), torch.arange(count))
+    data = table_personal._few_examples(ClientData(part, part, part))
+    for thinned in (data.train, data.validation, data.test):
+        assert len(thinned.y) == kept <= table_personal.QUICK_EXAMPLES
+        assert torch.equal(thinned.x, thinned.y.float())
+        assert kept == 0 or thinned.y[-1] >= 0.9 * (count - 1)
 
 
 def test_protocols_are_told_by_the_tables_own_settings_or_by_any_experiments_name():
@@ -131,5 +144,5 @@ def test_protocols_are_told_by_the_tables_own_settings_or_by_any_experiments_nam
 
 def test_no_more_clients_a_round_than_the_quick_table_has():
     whole = experiment(schedule=Schedule(2, clients_per_round=4), clients=experiment().clients[:3])
-    quick = table_personal._first_clients(whole)
+    quick = table_personal._made_small(whole)
     assert quick.schedule.clients_per_round == 3
