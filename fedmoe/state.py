@@ -5,8 +5,10 @@ parameter of expert E in MoE layer L, and `gates.L.NAME` for the rows of layer L
 test of names does not depend on where in a model its MoE layers are.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -136,14 +138,22 @@ def build_part(factory: Callable[[], nn.Module], sub_moe: SubMoE) -> nn.Module:
     Raises:
         ValueError: the model has no such expert.
     """
-    with torch.device("meta"):
-        model = factory()
-    layers = moe_layers(model)
+    whole = _without_memory(factory)
+    layers = moe_layers(whole)
     for e in sorted(sub_moe):
         if not 0 <= e.layer < len(layers) or str(e.expert) not in layers[e.layer][1].experts:
             raise ValueError(f"{_label(e)} is not in the model, which has {_extent(layers)}")
-    if _has_hidden_buffers(model):
+    if _has_hidden_buffers(whole):
         model = factory()
+    else:
+        # An expert that is not wanted need not be copied to be dropped.
+        unwanted = [
+            expert
+            for layer, (_, moe) in enumerate(layers)
+            for number, expert in moe.experts.items()
+            if ExpertId(layer, int(number)) not in sub_moe
+        ]
+        model = copy.deepcopy(whole, {id(expert): nn.Module() for expert in unwanted})
     for layer, (_, moe) in enumerate(moe_layers(model)):
         moe.hold([e.expert for e in sub_moe if e.layer == layer])
     if any(p.is_meta for p in model.parameters()):
@@ -152,6 +162,13 @@ def build_part(factory: Callable[[], nn.Module], sub_moe: SubMoE) -> nn.Module:
             moe.hold([e.expert for e in sub_moe if e.layer == layer])
             _load_rows(moe, {})
     return model
+
+
+@lru_cache(maxsize=16)
+def _without_memory(factory: Callable[[], nn.Module]) -> nn.Module:
+    """The full model on the meta device, to be copied: that is faster than to make it again."""
+    with torch.device("meta"):
+        return factory()
 
 
 def take_names(state: MoEState, test: NameTest) -> MoEState:

@@ -11,6 +11,8 @@ from fedmoe.experiments.sweep import Setting
 from simulations.tables import Table, carry_out, options_of, settings_of
 
 PROTOCOLS = ("domains", "published-fifth-dirichlet", "published-fifth-pathological")
+METHODS = ("fedmoe", "random", "fedavg", "fedprox", "local")
+CONTROLS = ("chosen-by-group", "fedavg-per-group")  # of domains, where groups are known
 TABLE = Table(
     "fashion",
     "FedMoE and its comparators on Fashion-MNIST",
@@ -18,9 +20,10 @@ TABLE = Table(
 )
 
 
-
 def main() -> int:
     options = options_of(TABLE, __doc__).parse_args()
+    known = CONTROLS if "domains" in options.protocols else ()
+    options.methods = options.methods or [*METHODS, *known]
     return carry_out(TABLE, settings_of(TABLE, options.protocols), options)
 
 

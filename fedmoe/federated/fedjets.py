@@ -151,7 +151,7 @@ class FedJETs:
             wanted[answer.client] = frozenset(
                 ExpertId(layer, e) for layer, e in marks_LE.nonzero().tolist()
             )
-        return replace(state, wanted=wanted, have=state.have | wanted.keys())
+        return replace(state, wanted=wanted, have=state.have.union(wanted))
 
     def assign(
         self, state: FedJETsState, clients: Sequence[ClientInfo]

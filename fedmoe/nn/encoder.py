@@ -75,7 +75,8 @@ class Encoded(nn.Module):
         return y_NC
 
     def rows(self, x: Tensor) -> Tensor:
-        """Inputs, or their features, to features (N, F)."""
+        """Inputs, or their features, to features (N, F); flat inputs as wide as features are these.
+        """
         return x if self.is_row(x) else self.features(x)
 
     def features(self, x: Tensor) -> Tensor:

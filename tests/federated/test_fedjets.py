@@ -1,6 +1,5 @@
 """FedJETs on clients of a few numbers: who gets what, what it costs, who learns from whom."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -17,11 +16,13 @@ from fedmoe.federated.local import LocalPlan, LocalTask, Phase, work
 from fedmoe.federated.rounds import Schedule, run_rounds
 from fedmoe.nn.encoder import of_encoder
 from fedmoe.nn.gates.ranking import RankingGate
+from fedmoe.nn.gates.topk import TopKGate
 from fedmoe.nn.init import seeded
 from fedmoe.nn.members import Members, of_gate
 from fedmoe.rng import torch_generator
 from fedmoe.state import (
     build_part,
+    everything,
     load_state,
     other_than,
     parameter_bytes,
@@ -438,52 +439,52 @@ def test_a_lost_question_is_a_failure_of_its_client_alone(tmp_path):
 
 @pytest.mark.slow
 def test_gate_and_experts_must_be_trained_together():
-    """The toy of the paper's Theorem 1: linear truths in two halves of a Gaussian's space.
+    """The toy of the paper's Theorem 1: each half of a Gaussian's space has a linear truth.
 
-    Experts that were trained under a frozen random gate serve both halves, and a gate that is
-    trained afterwards cannot mend it. Together they find a solution without loss.
+    Experts that were trained under a frozen random linear gate serve both halves, and a gate that
+    is trained afterwards cannot mend it, from whatever start. Together, a solution without loss is
+    found, though not from every start: nothing here stands for the anchors.
     """
-    dim, count = 8, 1500
+    dim, num_train = 8, 400
     generator = torch.Generator().manual_seed(0)
-    x_ND = torch.randn(count, dim, generator=generator)
     axes_DD = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    x_ND = torch.randn(2_000, dim, generator=generator)
     x_ND = x_ND[(x_ND @ axes_DD[0]).abs() > 0.2]
-    half_N = x_ND @ axes_DD[0] > 0
-    y_N = torch.where(half_N, x_ND @ axes_DD[1], x_ND @ axes_DD[2])
+    y_N = torch.where(x_ND @ axes_DD[0] > 0, x_ND @ axes_DD[1], x_ND @ axes_DD[2])
 
     def toy(seed):
         def build():
-            gate = RankingGate(dim, 16, 2)
+            gate = TopKGate(dim, 2, k=2)  # linear, and both experts take part in training
             experts = [nn.Linear(dim, 1) for _ in range(2)]
             return Members(gate, experts, 1, (dim,), mixes="logits")
 
         return seeded(build, seed)
 
+    def loss_on(net, rows):
+        return (net(x_ND[rows])[:, 0] - y_N[rows]).square().mean()
+
     def fit(net, test, steps):
-        optimizer = torch.optim.Adam(
-            [p for n, p in net.named_parameters() if test(n)], lr=0.02
-        )
-        net.train()
+        moving = [p for n, p in net.named_parameters() if test(n)]
+        optimizer = torch.optim.Adam(moving, lr=0.05)
         for _ in range(steps):
-            loss = (net(x_ND)[:, 0] - y_N).square().mean()
+            loss = loss_on(net, slice(num_train))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
     def top_one_loss(net):
+        net.mixture.gate.k = 1
         with torch.no_grad():
-            return float((net.eval()(x_ND)[:, 0] - y_N).square().mean())
+            return float(loss_on(net, slice(num_train, None)))
 
     together, apart = [], []
-    for seed in range(3):
+    for seed in range(4):
         net = toy(seed)
-        fit(net, lambda name: True, 800)
+        fit(net, everything, 400)
         together.append(top_one_loss(net))
         net = toy(seed)
-        fit(net, other_than(of_gate), 400)
-        fit(net, of_gate, 400)
+        fit(net, other_than(of_gate), 200)
+        fit(net, of_gate, 200)
         apart.append(top_one_loss(net))
-    assert max(together) * 10 < min(apart)
-    assert math.isfinite(max(apart)) and max(together) < 0.05
-
-
+    assert min(together) < 0.01 and min(together) * 10 < min(apart)
+    assert min(apart) > 0.1  # the variance of the truth is 1
