@@ -12,18 +12,17 @@ from simulations.tables import Table, carry_out, options_of, settings_of
 
 PROTOCOLS = ("domains", "published-fifth-dirichlet", "published-fifth-pathological")
 METHODS = ("fedmoe", "random", "fedavg", "fedprox", "local")
-CONTROLS = ("chosen-by-group", "fedavg-per-group")  # of domains, where groups are known
+CONTROLS = ("chosen-by-group", "fedavg-per-group")  # where groups are known
 TABLE = Table(
     "fashion",
     "FedMoE and its comparators on Fashion-MNIST",
     tuple(Setting(name) for name in PROTOCOLS),
+    METHODS + CONTROLS,
 )
 
 
 def main() -> int:
     options = options_of(TABLE, __doc__).parse_args()
-    known = CONTROLS if "domains" in options.protocols else ()
-    options.methods = options.methods or [*METHODS, *known]
     return carry_out(TABLE, settings_of(TABLE, options.protocols), options)
 
 

@@ -39,6 +39,7 @@ class Table:
     name: str
     title: str
     settings: tuple[Setting, ...]
+    methods: tuple[str, ...] = ()  # that belong in it; empty: all that a protocol has
     reference: str = "fedmoe"  # the others' distance from it is shown
     split: tuple[str, ...] = ()  # methods shown as received and after fine-tuning, apart
     page: bool = False  # also write NAME.html
@@ -86,6 +87,7 @@ def carry_out(
     try:
         open_root(options.runs)
         plan = plan_sweep(settings, options.seeds, options.runs)
+        plan = plan.only(table.methods) if table.methods else plan
         plan.of_methods(options.methods)
     except ValueError as why:
         print(why, file=sys.stderr)
