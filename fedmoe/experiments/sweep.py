@@ -85,6 +85,10 @@ class Plan:
     jobs: Sequence[Job]
     missing: Mapping[str, str]  # protocol -> why not
 
+    def only(self, methods: Sequence[str]) -> "Plan":
+        """The plan of these methods; a sweep of it keeps rows of no others."""
+        return Plan([job for job in self.jobs if job.spec.method in methods], self.missing)
+
     def of_methods(self, methods: Sequence[str]) -> list[Job]:
         """The jobs of these methods, of all if none are named; a protocol may lack some.
 

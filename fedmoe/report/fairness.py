@@ -13,6 +13,7 @@ from fedmoe.report.measures import Row
 
 LEAST_SEEDS = 3
 CHANCE_MARGIN = 0.02  # above guessing by no more than this counts as guessing
+MOST_NAMED = 8  # methods in one note
 MATCHED = 0.10  # two methods hold equally many experts if they differ by at most this share
 
 
@@ -50,6 +51,8 @@ def _seeds(rows: Sequence[Row], methods: Sequence[str]) -> list[Note]:
     notes = []
     few = [f"{m} {len(s)}" for m, s in seeds.items() if len(s) < LEAST_SEEDS]
     if few:
+        if len(few) > MOST_NAMED and len(few) == len(methods):
+            few = [f"all {len(few)} methods"]
         text = f"Fewer than {LEAST_SEEDS} seeds ({', '.join(few)}): differences may be luck"
         notes.append(Note(f"{text}, so none is marked as best.", refuses=True))
     if len(set(map(frozenset, seeds.values()))) > 1:

@@ -307,6 +307,14 @@ def test_a_method_that_no_protocol_has_is_an_error(tmp_path):
         plan_of(tmp_path).of_methods(["c"])
 
 
+def test_a_plan_of_some_methods_keeps_rows_of_no_others(ran, tmp_path):
+    whole, some = tmp_path / "whole.json", tmp_path / "some.json"
+    run_sweep(plan_of(tmp_path), tmp_path, whole, say=lambda _: None)
+    plan = plan_of(tmp_path).only(["b", "of another protocol"])
+    run_sweep(plan, tmp_path, some, others=[whole], say=lambda _: None)
+    assert [row["method"] for row in read_rows(some)] == ["b", "b"] and len(ran) == 4
+
+
 SWEEP = """
 import sys
 from pathlib import Path

@@ -81,6 +81,11 @@ def test_fewer_than_three_seeds_are_too_few() -> None:
     assert refused(comparison_notes(given))
 
 
+def test_many_methods_with_few_seeds_are_not_all_named() -> None:
+    given = [row(f"m{i}", 0) for i in range(9)]
+    assert "Fewer than 3 seeds (all 9 methods): differences" in texts(given)
+
+
 def test_one_method_alone_is_not_a_comparison() -> None:
     assert comparison_notes([row("a", 0)]) == []
 

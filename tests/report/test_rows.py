@@ -58,9 +58,10 @@ def test_the_curve_has_the_traffic_up_to_each_evaluation(run: Run) -> None:
     assert (last["round"], last["bytes"], last["received"], last["chosen"]) == (2, 157, 0.5, 0.6)
 
 
-def test_clients_that_ever_failed_and_versions_are_in_the_row(run: Run) -> None:
+def test_clients_that_ever_failed_versions_and_size_are_in_the_row(run: Run) -> None:
     row = full_row(run, "p")
     assert row["failed_clients"] == [1] and row["versions"] == {"fedmoe": "0.1.0"}
+    assert row["model_parameters"] == 1000
 
 
 def test_a_row_agrees_with_its_log_computed_directly(many_runs: list[Run]) -> None:

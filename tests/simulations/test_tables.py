@@ -96,6 +96,14 @@ def test_a_table_is_run_and_written_and_says_what_it_lacks(
     assert len(ran) == 3 * len(options.seeds)  # as before
 
 
+def test_a_table_has_its_own_methods_alone(tiny_target, tmp_path, monkeypatch):
+    ran = finished_runs(monkeypatch)
+    table = Table("tiny", "Tiny", (Setting("tiny:tiny", 1),), ("fedmoe", "of another protocol"))
+    options = options_of(table, None).parse_args(["--runs", str(tmp_path / "runs")])
+    assert carry_out(table, table.settings, options, tmp_path / "results") == 0
+    assert ran == ["fedmoe-seed0", "fedmoe-seed1", "fedmoe-seed2"]
+
+
 def test_a_folder_of_another_version_or_an_unknown_method_stops_a_table_at_once(
     tiny_target, tmp_path, monkeypatch, capsys
 ):
