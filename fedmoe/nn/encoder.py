@@ -15,7 +15,11 @@ from fedmoe.nn.experts.ffn import FFN, activate
 
 
 class Encoder(nn.Module):
-    """A classifier with one hidden layer behind its stem, up to that layer: (N, ...) -> (N, F)."""
+    """A classifier with one hidden layer behind its stem, up to that layer: (N, ...) -> (N, F).
+
+    Each example's features have mean 0 and deviation 1, so that what reads them learns alike from
+    a weak and from a good encoder.
+    """
 
     def __init__(self, classifier: StemAndHead) -> None:
         """Raises ValueError where the head is no feed-forward one."""
@@ -27,7 +31,8 @@ class Encoder(nn.Module):
         self.out_dim = head.hidden
 
     def forward(self, x: Tensor) -> Tensor:
-        return activate(self.up(self.stem(x)), self.activation)
+        feature_NF = activate(self.up(self.stem(x)), self.activation)
+        return nn.functional.layer_norm(feature_NF, (self.out_dim,))
 
 
 class PrototypeHead(nn.Module):
