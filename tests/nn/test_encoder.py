@@ -19,11 +19,15 @@ def x_ND():
     return torch.randn(N, D, generator=torch.Generator().manual_seed(2))
 
 
-def test_an_encoder_is_its_classifier_without_the_last_layer(x_ND):
+def test_an_encoder_is_its_classifier_without_the_last_layer_to_mean_0_and_deviation_1(x_ND):
     model = classifier()
     encoder = Encoder(model)
     assert encoder.out_dim == F
-    torch.testing.assert_close(model.head.down(encoder(x_ND)), model(x_ND))
+    hidden_NF = model.head.up(model.stem(x_ND)).relu()
+    torch.testing.assert_close(model.head.down(hidden_NF), model(x_ND))
+    centred_NF = hidden_NF - hidden_NF.mean(1, keepdim=True)
+    deviation_N1 = (centred_NF.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(encoder(x_ND), centred_NF / deviation_N1)
     assert {n.split(".")[0] for n in encoder.state_dict()} == {"stem", "up"}
     with pytest.raises(ValueError, match="head must be an FFN, got Linear"):
         Encoder(StemAndHead(nn.Linear(D, D), nn.Linear(D, C)))
