@@ -4,8 +4,9 @@ Shape suffixes: N examples, B examples of a batch, C classes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fedmoe.data.examples import ClientData, Examples
 from fedmoe.device import autocast
 from fedmoe.nn.losses import load_balance_loss, z_loss
+from fedmoe.nn.moe import MoE
 from fedmoe.profile import open_gates, profile_of, watch_gates
 from fedmoe.rng import torch_generator
 from fedmoe.state import (
@@ -305,7 +307,8 @@ def own_part(
     """A client's own parameters for these experts: as it left them, or as everybody starts."""
     if test is nothing:
         return MoEState({}, {})
-    start = take_names(split_state(factory()).only(sub_moe), test)
+    start = _started(factory, test)
+    start = MoEState(start.shared, {e: s for e, s in start.experts.items() if e in sub_moe})
     if personal is None:
         return start
     held = {e: s for e, s in personal.experts.items() if e in sub_moe}
@@ -318,11 +321,16 @@ def own_rows(
     """A client's own gate rows, of all experts: what a scout with a private router needs."""
     if test is nothing:
         return MoEState({}, {})
-    whole = split_state(factory())
-    experts = frozenset(whole.experts)
+    whole = _started(factory, test)
     if personal is not None:
         whole = overlay(whole, personal)
-    return take_names(MoEState({}, rows_of(whole, experts)), test)
+    return take_names(MoEState({}, rows_of(whole, frozenset(whole.experts))), test)
+
+
+@lru_cache(maxsize=2)
+def _started(factory: Callable[[], nn.Module], test: NameTest) -> MoEState:
+    """The parameters of these names as everybody starts; made once, since each round asks."""
+    return take_names(split_state(factory()), test)
 
 
 def only_chosen(profile: ActivationProfile, count: int) -> ActivationProfile:
@@ -401,6 +409,8 @@ def train(
             gradient and its name by role (see `state.NameTest`).
         forward: what to call in place of the model itself; it must reach the model's gates.
     """
+    # Looked up once: of a small model, walking its modules in each step takes a tenth of the time.
+    layers = [moe for _, moe in moe_layers(model)]
     sizes = layer_sizes(model)
     total = ActivationProfile.empty(len(sizes), max(sizes, default=0))
     received = {n: p.detach().clone() for n, p in named_by_role(model)} if plan.proximal else {}
@@ -420,30 +430,32 @@ def train(
             momentum=plan.momentum,
             weight_decay=plan.weight_decay,
         )
-        for index_B in _batches(len(y_N), plan.batch_size, phase.epochs, generator):
-            x_B, y_B = x_N[index_B], y_N[index_B]
-            with watch_gates(model) as routings, autocast(device):
-                logit_BC = model(x_B) if forward is None else forward(model, x_B)
-                task_loss = nn.functional.cross_entropy(
-                    logit_BC.float(), y_B, label_smoothing=plan.label_smoothing
-                )
-                loss = task_loss + _routing_losses(model, routings, plan)
-            optimizer.zero_grad()
-            if loss.requires_grad:  # not so where a phase trains experts that none of these use
-                loss.backward()  # type: ignore[no-untyped-call]
-            step_profile = profile_of(routings, sizes)
-            _spare_unused_experts(model, step_profile)
-            for name, p in moving:
-                if plan.proximal and p.grad is not None:
-                    p.grad.add_(p.detach() - received[name], alpha=plan.proximal)
-                if adjust is not None and p.grad is not None:
-                    adjust(name, p)
-            if plan.clip is not None:
-                torch.nn.utils.clip_grad_norm_([p for _, p in moving], plan.clip)
-            optimizer.step()
-            total = total + step_profile
-            loss_sum += float(task_loss.detach()) * len(index_B)
-            seen += len(index_B)
+        with watch_gates(model) as routings:
+            for index_B in _batches(len(y_N), plan.batch_size, phase.epochs, generator):
+                x_B, y_B = x_N[index_B], y_N[index_B]
+                routings.clear()
+                with autocast(device):
+                    logit_BC = model(x_B) if forward is None else forward(model, x_B)
+                    task_loss = nn.functional.cross_entropy(
+                        logit_BC.float(), y_B, label_smoothing=plan.label_smoothing
+                    )
+                    loss = task_loss + _routing_losses(layers, routings, plan)
+                optimizer.zero_grad()
+                if loss.requires_grad:  # not so where a phase trains experts that none of these use
+                    loss.backward()  # type: ignore[no-untyped-call]
+                step_profile = profile_of(routings, sizes)
+                _spare_unused_experts(layers, step_profile)
+                for name, p in moving:
+                    if plan.proximal and p.grad is not None:
+                        p.grad.add_(p.detach() - received[name], alpha=plan.proximal)
+                    if adjust is not None and p.grad is not None:
+                        adjust(name, p)
+                if plan.clip is not None:
+                    torch.nn.utils.clip_grad_norm_([p for _, p in moving], plan.clip)
+                optimizer.step()
+                total = total + step_profile
+                loss_sum += float(task_loss.detach()) * len(index_B)
+                seen += len(index_B)
     for p in model.parameters():
         p.requires_grad_(True)
     mean_loss = loss_sum / max(seen, 1)
@@ -515,12 +527,12 @@ def _batches(
 
 
 def _routing_losses(
-    model: nn.Module, routings: Mapping[int, Routing], plan: LocalPlan
+    layers: Sequence[MoE], routings: Mapping[int, Routing], plan: LocalPlan
 ) -> Tensor | float:
     total: Tensor | float = 0.0
     if not (plan.balance or plan.z):
         return total
-    for layer, (_, moe) in enumerate(moe_layers(model)):
+    for layer, moe in enumerate(layers):
         if layer in routings:
             if plan.balance:
                 balance = load_balance_loss(routings[layer], moe.present_E)
@@ -530,11 +542,11 @@ def _routing_losses(
     return total
 
 
-def _spare_unused_experts(model: nn.Module, profile: ActivationProfile) -> None:
+def _spare_unused_experts(layers: Sequence[MoE], profile: ActivationProfile) -> None:
     """Take the gradients (zeros, if any) from experts that saw no token in this step."""
-    for layer, (_, moe) in enumerate(moe_layers(model)):
+    for moe, count_E in zip(layers, profile.count_LE.tolist(), strict=True):
         for number, expert in moe.experts.items():
-            if not profile.count_LE[layer, int(number)]:
+            if not count_E[int(number)]:
                 for p in expert.parameters():
                     p.grad = None
 
