@@ -19,8 +19,8 @@ MAY_IMPORT = {
     "rng": {"types"},
     "checkpoint": {"types"},
     "federated": {"types", "state", "profile", "rng", "device", "data.examples", "nn.losses"},
-    "wire": {"types"},
-    "exchange": {"types", "federated", "wire", "data", "state"},
+    "wire": {"types", "__version__"},
+    "exchange": {"types", "federated", "wire", "data", "state", "rng"},
     "report": {"types", "wire"},
 }
 # These stand above all others, each above those before it.

@@ -43,6 +43,11 @@ Examples:
   fedmoe inspect runs/demo/fedmoe-seed0
   fedmoe inspect runs/demo/fedmoe-seed0/checkpoints/round-000012 --json"""
 
+KEYS_EXAMPLES = """\b
+Examples:
+  fedmoe keys --host 10.0.0.1 --host moe.example --clients 3
+  fedmoe keys --client 7                     on that client's own machine"""
+
 
 def _plain_help(text: str) -> str:
     # Typer escapes brackets for rich, which is not asked to show them.
@@ -253,6 +258,41 @@ def inspect(
         from fedmoe.cli.inspect import inspect_command
 
         inspect_command(path, json)
+
+
+@app.command(cls=Command, epilog=KEYS_EXAMPLES)
+def keys(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the keys.")
+    ] = Path("keys"),
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or address by which clients call the server; repeatable."),
+    ] = None,
+    clients: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Keys for clients 0 to N-1.")
+    ] = 0,
+    client: Annotated[
+        list[int] | None,
+        typer.Option(min=0, metavar="I", help="A key for client I; repeatable."),
+    ] = None,
+    days: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Days that the server's certificate holds.")
+    ] = 365,
+    force: Annotated[
+        bool, typer.Option("--force", help="Make anew what is there already.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Make certificates and keys for flower-server and flower-client.
+
+    With --host: an authority (ca.crt) and the server's certificate. With --clients or --client:
+    a key each. What is there already is kept. At the end it tells which file goes where.
+    """
+    with explained("keys"):
+        from fedmoe.cli.keys import keys_command
+
+        keys_command(out, host or [], clients, client or [], days, force, json)
 
 
 @app.command(cls=Command)

@@ -7,7 +7,7 @@ With FEDMOE_TRACEBACK=1 the traceback comes too.
 import contextlib
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import typer
 from rich.text import Text
@@ -36,26 +36,34 @@ class CommandError(Exception):
 
 
 @contextlib.contextmanager
-def explained(command: str) -> Iterator[None]:
-    """Turn whatever is raised into a paragraph and an exit code."""
+def explained(
+    command: str, program: str = "fedmoe", tell: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Turn whatever is raised into a paragraph and an exit code.
+
+    Args:
+        tell: says the paragraph, in place of a line on stderr.
+    """
+    name = f"{program} {command}".strip()
     try:
         yield
     except BrokenPipeError:
         raise  # whoever read our output has gone; there is nobody to tell
     except CommandError as why:
-        _end(command, str(why), why.code)
+        _end(name, str(why), why.code, tell)
     except KeyboardInterrupt:
-        _end(command, "stopped", INTERRUPTED)
+        _end(name, "stopped", INTERRUPTED, tell)
     except BAD_INPUT_ERRORS as why:
-        _end(command, reason(why), BAD_INPUT)
+        _end(name, reason(why), BAD_INPUT, tell)
     except typer.Exit:
         raise
     except Exception as why:
         _end(
-            command,
+            name,
             f"{type(why).__name__}: {reason(why)}. This is a fault in the code, not in what you "
             f"typed; {VARIABLE}=1 shows where.",
             FAILED,
+            tell,
         )
 
 
@@ -68,11 +76,14 @@ def reason(why: BaseException) -> str:
     return str(why) or "no reason given"
 
 
-def _end(command: str, text: str, code: int) -> None:
+def _end(name: str, text: str, code: int, tell: Callable[[str], None] | None) -> None:
     if os.environ.get(VARIABLE, "0") not in ("", "0"):
         traceback.print_exc()
+    if tell is not None:
+        tell(text)
+        raise typer.Exit(code)
     # A terminal gets lines that end between words; a file gets the paragraph as one line.
     err = console(stderr=True)
-    line = Text.assemble((f"fedmoe {command}: ", "bold red"), text)
+    line = Text.assemble((f"{name}: ", "bold red"), text)
     err.print(line, soft_wrap=not err.is_terminal)
     raise typer.Exit(code)

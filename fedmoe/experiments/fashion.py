@@ -73,11 +73,11 @@ def domains_devices(seed: int = 0, rounds: int = 40) -> Methods:
     }
 
 
-def demo(seed: int = 0, rounds: int = 10) -> Methods:
+def demo(seed: int = 0, rounds: int = 8) -> Methods:
     """*domains-devices*, shorter, with the main comparators only."""
     runs = domains_devices(seed, rounds)
     wanted = ("fedmoe", "random", "fedavg", "local")
-    schedule = Schedule(rounds, seed, evaluate_every=5)
+    schedule = Schedule(rounds, seed, evaluate_every=4)
     return {m: replace(runs[m], name="demo", schedule=schedule) for m in wanted}
 
 

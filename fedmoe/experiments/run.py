@@ -36,8 +36,11 @@ from fedmoe.state import (
     split_state,
     take_names,
 )
-from fedmoe.types import Assignment, MoEState, SubMoE
+from fedmoe.types import Assignment, Exchange, MoEState, SubMoE
 from fedmoe.wire.messages import message_bytes, model_bytes, model_tensors
+
+# Makes the exchange that carries a run, given what to call with each client that has answered.
+MakeExchange = Callable[[Callable[[int], None]], Exchange]
 
 PACKAGES = ("torch", "flwr", "flwr-datasets", "numpy")
 
@@ -80,8 +83,16 @@ def run_experiment(
     on_client: Callable[[int], None] = lambda client: None,
     on_round: Callable[[RoundRecord], None] = lambda record: None,
     complain: Callable[[str], None] = lambda line: None,
+    exchange: MakeExchange | None = None,
+    traffic: Callable[[], tuple[int, int]] | None = None,
 ) -> str:
     """Run to the end; returns the content hash of the server's last state.
+
+    Args:
+        exchange: who carries assignments to clients, who then keep what is their own and may be
+            the only ones who have their data; None: they are simulated here, one after another.
+        traffic: the bytes that really went down and up since it was last called; None: a round's
+            messages are measured as they would be in full.
 
     Raises:
         FileExistsError: the folder holds a run already, and `resume` is not asked for; or what
@@ -91,6 +102,7 @@ def run_experiment(
     model = split_state(experiment.factory())
     check_budgets(experiment, model)
     state = experiment.strategy.init(model, (*experiment.clients, *experiment.unseen))
+    data_here = exchange is None or _data_here(experiment)
     first = 0
     if resume and (folder / "run.json").exists():
         log = RunLog.open(folder)
@@ -101,18 +113,21 @@ def run_experiment(
         log.truncate_to(first)
     else:
         _check_no_remains(folder)
-        log = RunLog.create(folder, _run_info(experiment, model))
+        log = RunLog.create(folder, _run_info(experiment, model, data_here))
     personal = experiment.plan.personal
-    exchange = in_process(
-        experiment.factory,
-        experiment.data.load,
-        experiment.plan,
-        experiment.schedule.seed,
-        store=PersonalStore(folder / "personal") if experiment.plan.stores else None,
-        device=device,
-        progress=on_client,
-    )
-    memory = _Memory(experiment, device)
+    if exchange is not None:
+        carry = exchange(on_client)
+    else:
+        carry = in_process(
+            experiment.factory,
+            experiment.data.load,
+            experiment.plan,
+            experiment.schedule.seed,
+            store=PersonalStore(folder / "personal") if experiment.plan.stores else None,
+            device=device,
+            progress=on_client,
+        )
+    memory = _Memory(experiment, device) if data_here else None
 
     def prepare(assignment: Assignment) -> Assignment:
         return without(assignment, personal)
@@ -122,9 +137,12 @@ def run_experiment(
         digest = content_hash(report.state)
         merged = experiment.strategy.merged(report.state) if final else None
         shown = None
-        if merged is not None and not _any(take_names(merged, personal)):
+        if data_here and merged is not None and not _any(take_names(merged, personal)):
             shown = merged_accuracy(experiment, merged, device)
         _drop_strangers(report, experiment, complain)
+        if traffic is not None:
+            report.bytes_down, report.bytes_up = traffic()
+            report.bytes_once = min(report.bytes_once, report.bytes_down)
         record = _record(report, layer_sizes_of(experiment), memory, shown, digest)
         log.append(record)
         if not final:
@@ -135,7 +153,7 @@ def run_experiment(
         experiment.strategy,
         state,
         experiment.clients,
-        exchange,
+        carry,
         experiment.schedule,
         first=first,
         measure=message_bytes,
@@ -194,6 +212,16 @@ def merged_accuracy(
             right += accuracy(model, test, device) * len(test.y)
             total += len(test.y)
     return right / max(total, 1)
+
+
+def _data_here(experiment: Experiment) -> bool:
+    """Whether this process, too, has the data of clients that work elsewhere."""
+    try:
+        for c in experiment.clients:
+            experiment.data.load(c.id)
+    except (OSError, LookupError, ValueError):
+        return False
+    return True
 
 
 def _any(state: MoEState) -> bool:
@@ -263,7 +291,7 @@ class _Memory:
 def _record(
     report: RoundReport[Any],
     sizes: tuple[int, ...],
-    memory: _Memory,
+    memory: _Memory | None,
     merged: float | None,
     digest: str,
 ) -> RoundRecord:
@@ -300,24 +328,30 @@ def _record(
         changes=report.changes,
         accuracy=accuracies or None,
         global_accuracy=merged,
-        memory_bytes={c: memory.of(report.held[c], len(sizes)) for c in trained},
+        memory_bytes={}
+        if memory is None
+        else {c: memory.of(report.held[c], len(sizes)) for c in trained},
         model_hash=digest,
         unseen=dict(sorted(report.unseen.items())),
     )
 
 
-def _run_info(experiment: Experiment, model: MoEState) -> RunInfo:
+def _run_info(experiment: Experiment, model: MoEState, data_here: bool) -> RunInfo:
     entries = []
     for c in experiment.clients:
-        data = experiment.data.load(c.id)
+        sizes = (c.num_examples, 0, 0)  # as far as it can be told without the data
+        if data_here:
+            data = experiment.data.load(c.id)
+            sizes = (len(data.train.y), len(data.validation.y), len(data.test.y))
+        train, validation, test = sizes
         entries.append(
             ClientEntry(
                 id=c.id,
                 group=experiment.data.groups.get(c.id),
                 memory_bytes=c.memory_bytes,
-                num_train=len(data.train.y),
-                num_validation=len(data.validation.y),
-                num_test=len(data.test.y),
+                num_train=train,
+                num_validation=validation,
+                num_test=test,
             )
         )
     tensors = model_tensors(model)
