@@ -24,8 +24,11 @@ MAY_IMPORT = {
     "report": {"types", "wire"},
 }
 # These stand above all others, each above those before it.
-ABOVE = ("experiments", "cli")
-ENGINES = {"flwr", "ray"}  # run clients; imported in fedmoe/exchange alone
+ABOVE = ("experiments", "cli", "deploy")
+FLOWER = "fedmoe.exchange.flower"  # leads whole experiments, so it stands between these two
+ENGINES = {"flwr", "ray"}  # run clients
+KNOW_ENGINES = ("exchange", "deploy")
+KEYS = "fedmoe.deploy.keys"  # made by a command of fedmoe's
 APPS = {"server", "client", "simulations"}  # stand on fedmoe, which never looks back
 TECHNIQUES = ("fedmoe.nn.gates", "fedmoe.nn.experts")  # one file each, none needs another
 
@@ -66,10 +69,20 @@ def offences(path: str, source: str) -> list[str]:
             why = "fedmoe imports none of the top-level rooms"
         elif {top, other} == {"server", "client"}:
             why = "server and client do not know each other"
-        elif top == "fedmoe" and other in ENGINES and room != "exchange":
-            why = "only fedmoe.exchange knows who runs the clients"
+        elif top == "fedmoe" and other in ENGINES and room not in KNOW_ENGINES:
+            why = f"only fedmoe.{' and fedmoe.'.join(KNOW_ENGINES)} know who runs the clients"
         elif top == "fedmoe" and room == "experiments" and within(name, "fedmoe.cli"):
             why = "an experiment knows nothing of the command line"
+        elif top == "fedmoe" and room != "deploy" and within(name, "fedmoe.deploy"):
+            if room != "cli" or not within(name, KEYS):
+                why = "commands of daemons stand above all else; others may make their keys"
+        elif module == KEYS and other == "fedmoe":
+            why = "keys are made without the rest"
+        elif within(module, FLOWER):
+            if within(name, "fedmoe.cli") or within(name, "fedmoe.deploy"):
+                why = "what is carried over Flower knows nothing of commands"
+        elif top == "fedmoe" and within(name, FLOWER) and room not in ("deploy", "cli"):
+            why = "only what stands above an experiment leads one over Flower"
         elif top == other == "fedmoe" and room not in ("", *ABOVE):
             if not any(within(name, f"fedmoe.{a}") for a in allowed):
                 why = f"fedmoe.{room} may import {sorted(allowed)}"
@@ -112,6 +125,14 @@ def test_every_room_of_fedmoe_has_a_rule():
         ("fedmoe/wire/messages.py", "from fedmoe.state import state_hash"),
         ("fedmoe/report/page.py", "from fedmoe.experiments import run"),
         ("fedmoe/experiments/run.py", "from fedmoe.cli.live import view"),
+        ("fedmoe/experiments/run.py", "from fedmoe.exchange.flower import server"),
+        ("fedmoe/exchange/inprocess.py", "from fedmoe.exchange.flower.terms import Terms"),
+        ("fedmoe/exchange/flower/server.py", "from fedmoe.cli import app"),
+        ("fedmoe/experiments/run.py", "from fedmoe.deploy.keys import Keys"),
+        ("fedmoe/cli/run.py", "from fedmoe.deploy import serve"),
+        ("fedmoe/cli/doctor.py", "import flwr"),
+        ("fedmoe/deploy/keys.py", "from fedmoe.types import State"),
+        ("fedmoe/deploy/serve.py", "import server.app"),
         ("fedmoe/cli/app.py", "import server.app"),
         ("fedmoe/__init__.py", "import simulations"),
         ("server/app.py", "from client.app import app"),
@@ -133,9 +154,12 @@ def test_an_import_across_the_rules_is_named(path, source):
         ("fedmoe/federated/local.py", "from fedmoe.data.examples import Examples\nimport torch"),
         ("fedmoe/federated/rounds.py", "from .check import check_update"),
         ("fedmoe/exchange/flower.py", "import flwr"),
+        ("fedmoe/exchange/flower/client.py", "from fedmoe.experiments.run import Spec"),
         ("fedmoe/data/fashion.py", "import flwr_datasets\nimport raylib"),
         ("fedmoe/nn/gates/topk.py", "from fedmoe.types import Routing"),
         ("fedmoe/cli/app.py", "from fedmoe.experiments import run"),
+        ("fedmoe/cli/keys.py", "from fedmoe.deploy.keys import make_keys"),
+        ("fedmoe/deploy/serve.py", "import flwr\nfrom fedmoe.cli.trouble import CommandError"),
         ("server/app.py", "import flwr\nfrom fedmoe.federated import rounds"),
     ],
 )

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -65,6 +65,7 @@ def all_checks() -> Iterator[Check]:
     yield from package_checks(requirements)
     yield from torch_checks()
     yield data_check()
+    yield from more_data_checks()
     yield ray_check()
     yield browser_check()
     yield from place_checks(Path.cwd())
@@ -155,6 +156,56 @@ def data_check() -> Check:
         return Check(name, State.MISSING, "not on this machine", HOW_TO_GET_IT)
     found = f"not on this machine; the Hugging Face hub will be asked for {HUB_NAME}"
     return Check(name, State.LACKING, found, HOW_TO_GET_IT)
+
+
+def more_data_checks() -> Iterator[Check]:
+    """The data that a few protocols want, each of them alone; read, to see that it is the right."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    from fedmoe.data import hapt, mnist, shakespeare, vowels
+    from fedmoe.data.files import DATA_FOLDER, DATA_VARIABLE, find_file
+
+    def find_mnist() -> Path | None:
+        return mnist.SOURCE.find()
+
+    def find_hapt() -> Path:
+        return find_file(hapt.FILE_NAME, None, hapt.FOLDER_VARIABLE, hapt.LOCAL_FOLDER, "")
+
+    def find_vowels() -> Path:
+        return find_file(vowels.FILE_NAME, None, DATA_VARIABLE, DATA_FOLDER, "")
+
+    def find_shakespeare() -> Path:
+        return find_file(shakespeare.FILE_NAME, None, DATA_VARIABLE, DATA_FOLDER, "")
+
+    put_it = f"put it into a folder that {DATA_VARIABLE} names. "
+    yield _file_check("MNIST", "two-domains", find_mnist, None, mnist.HOW_TO_GET_IT)
+    yield _file_check("HAPT", "motion", find_hapt, hapt.load_hapt, hapt.HOW_TO_GET_IT)
+    how = put_it + vowels.HOW_TO_GET_IT
+    yield _file_check("vowels", "vowels", find_vowels, vowels.load_vowels, how)
+    how = put_it + shakespeare.HOW_TO_GET_IT
+    yield _file_check("Shakespeare", "shakespeare", find_shakespeare, shakespeare.load_roles, how)
+
+
+def _file_check(
+    name: str,
+    protocol: str,
+    find: Callable[[], Path | None],
+    read: Callable[[], object] | None,
+    how_to_get_it: str,
+) -> Check:
+    """Whether a data set is here and, where there is something to `read` it by, is not another."""
+    try:
+        path = find()
+        if path is not None and read is not None:
+            read()
+    except FileNotFoundError:
+        path = None
+    except ValueError as why:
+        return Check(name, State.LACKING, str(why), how_to_get_it)
+    if path is None:
+        found = f"not on this machine; only the protocol {protocol} wants it"
+        return Check(name, State.LACKING, found, how_to_get_it)
+    return Check(name, State.GOOD, str(path.absolute()))
 
 
 def ray_check() -> Check:

@@ -28,7 +28,7 @@ FILE_NAME = "hapt.safetensors"
 ACTIVITIES = ("walking", "upstairs", "downstairs", "sitting", "standing", "lying")
 CHANNELS = ("acc-x", "acc-y", "acc-z", "gyro-x", "gyro-y", "gyro-z")
 
-_HOW_TO_GET_IT = "`make data-more` fetches and converts it."
+HOW_TO_GET_IT = "`make data-more` fetches and converts it."
 _AS_PUBLISHED = "1,122,772 samples of 30 people, 815,614 of them with a label"
 
 
@@ -58,11 +58,11 @@ def load_hapt(folder: Path | None = None) -> Motion:
         FileNotFoundError: the file is not there.
         ValueError: it is damaged, or does not hold all of HAPT.
     """
-    path = find_file(FILE_NAME, folder, FOLDER_VARIABLE, LOCAL_FOLDER, _HOW_TO_GET_IT)
+    path = find_file(FILE_NAME, folder, FOLDER_VARIABLE, LOCAL_FOLDER, HOW_TO_GET_IT)
     motion = read_motion(path)
     if (got := motion.summary()) != _AS_PUBLISHED:
         raise ValueError(
-            f"{path}: wanted all of HAPT, {_AS_PUBLISHED}, got {got}. {_HOW_TO_GET_IT}"
+            f"{path}: wanted all of HAPT, {_AS_PUBLISHED}, got {got}. {HOW_TO_GET_IT}"
         )
     return motion
 

@@ -19,7 +19,7 @@ ALPHABET = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 FILE_NAME = "tinyshakespeare.txt"
 
 _SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-_HOW_TO_GET_IT = (
+HOW_TO_GET_IT = (
     "It is data/tinyshakespeare/input.txt of the repository karpathy/char-rnn, 1,115,394 bytes."
 )
 
@@ -34,7 +34,7 @@ def load_roles(folder: Path | None = None) -> dict[str, str]:
         FileNotFoundError: the file is not there.
         ValueError: it is another file.
     """
-    return parse_roles(read_published(FILE_NAME, _SHA256, folder, _HOW_TO_GET_IT))
+    return parse_roles(read_published(FILE_NAME, _SHA256, folder, HOW_TO_GET_IT))
 
 
 def parse_roles(text: str) -> dict[str, str]:

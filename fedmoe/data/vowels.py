@@ -25,7 +25,7 @@ REPETITIONS = 6  # rows of each speaker and vowel
 FILE_NAME = "vowel-context.data"
 
 _SHA256 = "2e95c7be6c5800583b16d15ad36fd21f9681030b69bf96aa6aeab6f4f2f0726d"
-_HOW_TO_GET_IT = (
+HOW_TO_GET_IT = (
     "It has 990 rows of split, speaker, sex, ten features and class, with commas, as in the GitHub "
     "repository Xammed/ECOC-Correlation-Testing."
 )
@@ -50,7 +50,7 @@ def load_vowels(folder: Path | None = None) -> Vowels:
         FileNotFoundError: the file is not there.
         ValueError: it is another file.
     """
-    return parse_vowels(read_published(FILE_NAME, _SHA256, folder, _HOW_TO_GET_IT))
+    return parse_vowels(read_published(FILE_NAME, _SHA256, folder, HOW_TO_GET_IT))
 
 
 def parse_vowels(text: str) -> Vowels:

@@ -87,7 +87,7 @@ def serve(
     clients: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Clients that the first round waits for (default: all)."
+            min=1, metavar="N", help="Take the experiment's first N clients (default: all)."
         ),
     ] = None,
     rounds: Annotated[

@@ -19,7 +19,8 @@ class Deployment:
 
     Attributes:
         target: of the table of experiments, or module:function; clients must have it too.
-        clients: how many must be there before the first round.
+        clients: how many of the experiment's clients there are in this run: the first ones, and
+            all of them must be there before the first round.
         keys: folder of certificates and keys; None: no TLS, and nobody proves who they are.
         deadline_s: a round goes on without those who have not answered by then; 0: it waits.
         quorum: share of a round's clients, 0 to 1, that must answer for the run to go on.
@@ -81,6 +82,7 @@ class Deployment:
             "rounds": self.rounds,
             "folder": str(self.run_folder(root)),
             "clients": self.clients,
+            "only-first": self.clients,
             "deadline-s": float(self.deadline_s),
             "quorum": float(self.quorum),
             "codec-down": self.codec_down,

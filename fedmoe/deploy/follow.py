@@ -1,7 +1,10 @@
 """A run's log as it grows, read by whoever watches the run from another process."""
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fedmoe.report.fields import LogError, parse
 from fedmoe.report.log import RoundRecord, RunInfo
@@ -70,6 +73,32 @@ class Follower:
             if (mean := mean_accuracy(record)) is not None:
                 return mean
         return None
+
+
+class Tail:
+    """The JSON objects that are appended to a file from now on, a line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def look(self) -> Iterator[dict[str, Any]]:
+        """Those that came since the last look; a line that is not one is left out."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(found, dict):
+                yield found
 
 
 def mean_accuracy(record: RoundRecord) -> float | None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from fedmoe.cli.trouble import FAILED, INTERRUPTED, CommandError
 from fedmoe.cli.words import duration
 from fedmoe.deploy.address import Address
+from fedmoe.deploy.child import LAST
 from fedmoe.deploy.keys import Keys, check_private_key
 from fedmoe.deploy.processes import (
     Child,
@@ -36,6 +37,7 @@ from fedmoe.deploy.stopping import TerminatedError, terminated_is_stopped
 from fedmoe.deploy.voice import Fact, Voice
 from fedmoe.exchange.flower.forward import PATH_LIMIT, Place, check_folder, worker_command
 
+NODE = "node"  # a file of the state: which node it was when it was last in
 LOOK_S = 0.5
 LEAST_DELAY_S, MOST_DELAY_S = 1.0, 60.0  # before a daemon that has ended is started again
 STEADY_S = 60.0  # one that lived this long was well
@@ -183,16 +185,13 @@ class Client:
         assert child is not None
         if name == "SuperNode":
             self._listen(kept)
-        elif child.ended == 0:  # one that Flower's process has started serves in its place
-            kept.child, kept.again_at = None, now + MOST_DELAY_S
-            return
         if now - kept.began >= STEADY_S:
             kept.delay_s = LEAST_DELAY_S
         refused = REFUSED.search(child.text())
         if refused:
-            text = f"{self.m.server} lets client {self.m.client} not in: {refused.group(1)}"
-            if "401" in text or "[code" in text or "404" in text:
-                text += f"; its server must know the public key of {self.m.key}"
+            text = f"{self.m.server} does not let client {self.m.client} in: {refused.group(1)} "
+            text += f"Either it does not know the public key of {self.m.key}, or somebody is in "
+            text += "with that key, or was until a minute ago"
         else:
             text = f"the {name} ended (exit code {child.ended}); the end of {child.log}:\n"
             text += child.tail()
@@ -216,6 +215,7 @@ class Client:
         new, node.read = text[node.read :], len(text)
         if found := CONNECTED.search(new):
             number = found.group(1)
+            (self.state / NODE).write_text(number, encoding="ascii")
             self.voice.say("connected", f"is in, as node {number}", {"node": number})
             self.tried_since, node.delay_s = float("inf"), LEAST_DELAY_S
         if count := new.count(ANSWERED):
@@ -239,20 +239,14 @@ class Client:
             arguments += ["--root-certificates", str(m.ca.resolve())]
             arguments += ["--auth-supernode-private-key", str(Path(m.key or "").resolve())]
         env = environment(self.home, data_variables(m.data))
+        if (self.state / NODE).exists():
+            env[LAST] = (self.state / NODE).read_text(encoding="ascii").strip()
         return daemon("supernode", arguments, env, self.home / "supernode.log")
 
 
 def node_config(place: Place) -> str:
     """What the processes that a SuperNode starts must know of the worker, as Flower reads it."""
-    values: dict[str, str | int] = {
-        "client-id": place.client,
-        "socket": str(place.socket),
-        "state": str(place.state),
-        "cache-mb": place.cache_mb,
-        "device": place.device,
-        "experiment": place.only,
-    }
-    return " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+    return f"client-id={place.client} socket={json.dumps(str(place.socket))}"
 
 
 def listens(path: Path) -> bool:

@@ -7,10 +7,11 @@ home: its state and its log). Whatever is killed in between, `--resume` goes on 
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -25,7 +26,7 @@ from fedmoe.deploy.address import Address
 from fedmoe.deploy.bundle import write_bundle
 from fedmoe.deploy.control import Control, RunState
 from fedmoe.deploy.deployment import Deployment
-from fedmoe.deploy.follow import Follower, mean_accuracy
+from fedmoe.deploy.follow import Follower, Tail, mean_accuracy
 from fedmoe.deploy.keys import LOCAL, check_server, load_public_key
 from fedmoe.deploy.metrics import serve_metrics
 from fedmoe.deploy.processes import (
@@ -51,6 +52,8 @@ LOOK_S = 0.5  # between two looks at the run's log
 ASK_S = 3.0  # between two questions to the SuperLink
 SETTLE_S = 60.0  # for the app to end once the run is logged as finished
 EXPIRY_DAYS = 14
+QUIET = ("hello", "sent", "replied", "missed")  # kinds of events that are as it should be
+BAD = ("failed", "refused", "retried")
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def serve_command(deployment: Deployment, root: Path, manner: Manner) -> None:
         methods_of(deployment.target, deployment.seed, deployment.rounds),
         deployment.method,
         deployment.target,
-    )
+    ).of_first(deployment.clients)
     spec = Spec(deployment.target, deployment.method, deployment.seed, deployment.rounds)
     with alone(root, "flower-server"):
         _carry_out(deployment, spec, experiment, root.resolve(), manner)
@@ -184,6 +187,7 @@ class Server:
         self.home = root / "flower"
         self.keys = deployment.key_files
         self.follower = Follower(deployment.run_folder(root))
+        self.events = Tail(self.follower.folder / "flower" / "events.jsonl")
         self.known: dict[int, Path] = {}  # the keys that the SuperLink knows
         self.online = 0
 
@@ -271,9 +275,7 @@ class Server:
         asked, logged_s = 0.0, None
         with Display(shown, workers=1) as display:
             while True:
-                for record in self.follower.look():
-                    self._tell(record)
-                display.watch([self._progress()])
+                self._look(display)
                 if link.ended is not None:
                     raise CommandError(
                         f"the SuperLink ended in the middle of the run (exit code {link.ended}); "
@@ -288,14 +290,20 @@ class Server:
                     asked = now
                     state = self._ask(control, number)
                     if state is not None and state.status == "finished":
-                        for record in self.follower.look():
-                            self._tell(record)
-                        display.watch([self._progress()])
+                        self._look(display)
                         self._check_end(state, link)
                         return
                 if logged_s is not None and now - logged_s > SETTLE_S:
                     return  # the run is whole, whatever keeps its process
                 time.sleep(LOOK_S)
+
+    def _look(self, display: Display) -> None:
+        """Tell what is new in the app's log and in the run's."""
+        for event in self.events.look():
+            self._tell_event(event)
+        for record in self.follower.look():
+            self._tell(record)
+        display.watch([self._progress()])
 
     def _ask(self, control: Control, number: int) -> RunState | None:
         """How the run stands; None where the SuperLink was too busy to answer."""
@@ -356,11 +364,19 @@ class Server:
         text += f"{plural(len(record.clients), 'client')}, {moved}, {record.seconds:.1f} s"
         if self.voice.json:
             self.voice.say("round", text, facts)
-        for kind, failures in (("failed", record.failed), ("refused", record.refused)):
-            for f in failures:
-                line = f"round {record.round}: client {f.client} {kind}: {f.reason}"
-                facts = {"round": record.round, "client": f.client, "reason": f.reason}
-                self.voice.say(f"client-{kind}", line, facts, level="warning")
+
+    def _tell_event(self, event: Mapping[str, Any]) -> None:
+        """What the app says of its clients: all of it to a program, trouble to a reader."""
+        kind = str(event.get("kind"))
+        if kind in QUIET and not self.voice.json:
+            return
+        known = ("round", "client", "node", "nbytes")
+        facts = {k: event[k] for k in known if event.get(k) is not None}
+        who = f"client {event['client']}" if event.get("client") is not None else "a node"
+        text = f"{who} {kind}"
+        text += f" in round {event['round']}" if event.get("round") is not None else ""
+        text += f": {event['text']}" if event.get("text") else ""
+        self.voice.say(f"client-{kind}", text, facts, level="warning" if kind in BAD else "info")
 
 
 def write_connection(home: Path, address: Address, ca: Path | None) -> None:

@@ -99,7 +99,6 @@ def through_parcels(
             watch(client, "up", failure)
             reason = unpack_failure(failure, run=run, client=client, round=round)
             return ClientFailure(client, reason)
-        cache = caches(client)
         remembers = feedback is not None and assignment.job is Job.TRAIN
         owed = feedback.load(client, round) if feedback is not None and remembers else None
         parcel, left = pack_update(
@@ -107,7 +106,7 @@ def through_parcels(
             received,
             generator=coding_generator(seed, round, client),
             feedback=owed,
-            held=() if cache is None else cache.held(),
+            cache=caches(client),
         )
         if feedback is not None and remembers and left is not None:
             feedback.save(client, round, left)

@@ -42,6 +42,19 @@ class Experiment:
         """The same for another number of rounds."""
         return replace(self, schedule=replace(self.schedule, rounds=rounds))
 
+    def of_first(self, count: int) -> "Experiment":
+        """The same for its first `count` clients alone.
+
+        Raises:
+            ValueError: it has fewer, or none are left.
+        """
+        if not 1 <= count <= len(self.clients):
+            raise ValueError(
+                f"the number of clients must be from 1 to the {len(self.clients)} of {self.name}, "
+                f"got {count}"
+            )
+        return replace(self, clients=self.clients[:count])
+
 
 def with_budgets(
     data: FederatedData, model: MoEState, shares: Sequence[float]

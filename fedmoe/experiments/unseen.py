@@ -327,7 +327,7 @@ Head = type[nn.Linear] | type[PrototypeHead]
 def on_encoder(common: State, seed: int, head: Head) -> Encoded:
     """A head on the common expert's features."""
     drawn = seeded(lambda: head(FEATURES, NUM_CLASSES), seed)
-    return Encoded(encoder_of(common), FEATURES, drawn)
+    return Encoded(encoder_of(common), FEATURES, drawn, SHAPE)
 
 
 def expert_cnn(seed: int) -> StemAndHead:

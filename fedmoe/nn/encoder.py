@@ -7,6 +7,8 @@ one, or prototypes, the means of each class (Snell et al. 2017, arXiv:1703.05175
 Shape suffixes: N examples, F features, C classes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -64,15 +66,25 @@ class PrototypeHead(nn.Module):
 class Encoded(nn.Module):
     """A head on the features of an encoder that never trains: the plainest use of one.
 
-    It takes inputs, or features that were computed before; rows (N, F) pass for features, so the
-    inputs themselves must not be rows of that width.
+    It takes inputs (N, *input_shape), or in their place features (N, F) computed before. Which of
+    the two they are is told by their shape, so the shapes must differ.
     """
 
-    def __init__(self, encoder: nn.Module, num_features: int, head: nn.Module) -> None:
-        """Raises ValueError where the encoder's features are not `num_features` wide."""
+    def __init__(
+        self, encoder: nn.Module, num_features: int, head: nn.Module, input_shape: Sequence[int]
+    ) -> None:
+        """Raises ValueError where the encoder's features are not `num_features` wide, or inputs
+        look like them.
+        """
         super().__init__()
         check_widths(encoder, num_features)
         self.encoder, self.num_features, self.head = encoder, num_features, head
+        self.input_shape = tuple(input_shape)
+        if self.input_shape == (num_features,):
+            raise ValueError(
+                f"input_shape must differ from that of the {num_features} features, got "
+                f"{self.input_shape}: give inputs another shape, such as (1, {num_features})"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs, or what `rows` made of them, to what the head gives, (N, C)."""
@@ -80,9 +92,19 @@ class Encoded(nn.Module):
         return y_NC
 
     def rows(self, x: Tensor) -> Tensor:
-        """Inputs, or their features, to features (N, F); flat inputs as wide as features are these.
+        """Inputs, or their features, to features (N, F).
+
+        Raises:
+            ValueError: `x` is neither, or the encoder gives another width than `num_features`.
         """
-        return x if self.is_row(x) else self.features(x)
+        if self.is_row(x):
+            return x
+        if tuple(x.shape[1:]) != self.input_shape:
+            raise ValueError(
+                f"x must have shape (N, {', '.join(map(str, self.input_shape))}), or be their "
+                f"{self.num_features} features, got {tuple(x.shape)}"
+            )
+        return self.features(x)
 
     def features(self, x: Tensor) -> Tensor:
         return encoded(self.encoder, x, self.num_features)
@@ -91,7 +113,8 @@ class Encoded(nn.Module):
         return feature_NF
 
     def is_row(self, x: Tensor) -> bool:
-        return x.dim() == 2 and x.shape[1] == self.num_features
+        """Whether these are features already."""
+        return tuple(x.shape[1:]) == (self.num_features,)
 
 
 def encoded(encoder: nn.Module, x: Tensor, num_features: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Methods compared on each protocol, from rows of results alone: the table, what it takes to reach
 a common target, and paired differences.
 
-The target of a protocol is a share of the best method's accuracy at the end; controls set none.
+The target of a protocol is a share of the best method's accuracy at the end; controls and methods of
+another size set none.
 Accuracies are the chosen ones, shares from 0 to 1, unless said otherwise.
 """
 
@@ -60,6 +61,7 @@ class Lead:
     over_seeds: PairedDifference | None
     over_clients: PairedDifference | None
     why_not: str = ""
+    mark: str = ""
 
 
 def by_protocol(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -118,14 +120,14 @@ def leads(rows: Sequence[Row], reference: str) -> list[Lead]:
         others = [r for r in rows if r["method"] == m.method and not r.get("published")]
         reasons = [note.text for note in comparison_notes([*own, *others]) if note.refuses]
         if reasons:
-            found.append(Lead(m.method, m.control, None, None, reasons[0]))
+            found.append(Lead(m.method, m.control, None, None, reasons[0], m.mark))
             continue
         try:
             pairs = rows_over_seeds(own, others), rows_over_clients(own, others)
         except ValueError as why:
-            found.append(Lead(m.method, m.control, None, None, f"{why}."))
+            found.append(Lead(m.method, m.control, None, None, f"{why}.", m.mark))
         else:
-            found.append(Lead(m.method, m.control, *pairs))
+            found.append(Lead(m.method, m.control, *pairs, mark=m.mark))
     return found
 
 
@@ -179,7 +181,7 @@ def leads_table(ahead: Sequence[Lead], reference: str) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for lead in ahead:
-        name = lead.method.replace("|", "\\|") + "‡" * lead.control
+        name = lead.method.replace("|", "\\|") + lead.mark
         if lead.over_seeds is None or lead.over_clients is None:
             lines.append(f"| {name} | - | - | - | - |")
             continue

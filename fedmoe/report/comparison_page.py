@@ -43,6 +43,7 @@ class HeatLine:
     control: bool
     cells: Sequence[HeatCell | None]  # one a protocol; None where the method did not run
     behind: str  # points behind the best, mean over protocols
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,10 @@ def heat_table(protocols: Mapping[str, Sequence[Row]]) -> list[HeatLine]:
         return float(np.mean([best[p] - value.mean for p, (_, value) in ends[method].items()]))
 
     def is_control(method: str) -> bool:
-        return any(not row.competes for row, _ in ends[method].values())
+        return any(row.control for row, _ in ends[method].values())
+
+    def mark(method: str) -> str:
+        return next((row.mark for row, _ in ends[method].values() if row.mark), "")
 
     return [
         HeatLine(
@@ -129,6 +133,7 @@ def heat_table(protocols: Mapping[str, Sequence[Row]]) -> list[HeatLine]:
             is_control(method),
             [cell(method, name) for name in protocols],
             f"{100 * behind(method):.1f}" if len(ends[method]) == len(protocols) else "-",
+            mark(method),
         )
         for method in sorted(ends, key=lambda m: (is_control(m), behind(m)))
     ]

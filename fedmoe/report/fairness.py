@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedmoe.report.measures import Row
+from fedmoe.report.measures import Row, of_other_size, pools
 
 LEAST_SEEDS = 3
 CHANCE_MARGIN = 0.02  # above guessing by no more than this counts as guessing
@@ -69,11 +69,14 @@ def _partitions(rows: Sequence[Row]) -> list[Note]:
 
 
 def _pools(rows: Sequence[Row]) -> list[Note]:
-    pools = {m: r for r in rows for m in [str(r.get("num_experts_L"))] if m != "None"}
-    if len(pools) < 2:
+    others = of_other_size(rows)
+    if not others:
         return []
-    of = "; ".join(f"{r['method']} {pool}" for pool, r in pools.items())
-    return [Note(f"The methods draw on different pools of experts ({of}).", refuses=True)]
+    of = pools(rows)
+    [usual] = {pool for method, pool in of.items() if method not in others}
+    text = f"Methods marked § have other experts per layer than the usual {usual}: "
+    text += ", ".join(f"{m} {of[m]}" for m in others)
+    return [Note(f"{text}. None of them is marked as best.", refuses=False)]
 
 
 def _one_off(rows: Sequence[Row]) -> list[Note]:
@@ -88,7 +91,8 @@ def _one_off(rows: Sequence[Row]) -> list[Note]:
 
 def _matched(rows: Sequence[Row], methods: Sequence[str]) -> list[Note]:
     held: dict[str, float] = {}
-    for method in methods:
+    others = of_other_size(rows)  # whose experts are of another kind
+    for method in (m for m in methods if m not in others):
         means = [r.get("experts_held_mean") for r in rows if r["method"] == method]
         known = [float(m) for m in means if m is not None]
         if known:

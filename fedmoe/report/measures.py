@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -243,11 +244,17 @@ class TableRow:
     published: bool  # copied from a paper, not measured here
     values: Mapping[str, Aggregate]
     control: bool = False  # a mark beside the methods: it knows what a server cannot know
+    other_size: bool = False  # its model has other numbers of experts than most methods' here
 
     @property
     def competes(self) -> bool:
         """Whether it may be called the best of its table."""
-        return not self.published and not self.control
+        return not (self.published or self.control or self.other_size)
+
+    @property
+    def mark(self) -> str:
+        """What stands behind its name; the notes below a table say what it means."""
+        return "†" if self.published else "‡" if self.control else "§" if self.other_size else ""
 
 
 def table_rows(runs: Sequence[Run], protocol: str = "") -> list[TableRow]:
@@ -267,6 +274,7 @@ def aggregate_rows(rows: Sequence[Row]) -> list[TableRow]:
     methods: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
         methods.setdefault((row["method"], bool(row.get("published"))), []).append(row)
+    other_sized = of_other_size(rows)
     result = []
     for (method, published), own in methods.items():
         seeds = [r.get("seed") for r in own]
@@ -279,8 +287,27 @@ def aggregate_rows(rows: Sequence[Row]) -> list[TableRow]:
             if all(_is_number(r.get(name)) for r in own)
         }
         control = any(r.get("control") for r in own)
-        result.append(TableRow(method, len(own), published, values, control))
+        other_size = not published and method in other_sized
+        result.append(TableRow(method, len(own), published, values, control, other_size))
     return result
+
+
+def pools(rows: Sequence[Row]) -> dict[str, str]:
+    """The experts per layer of each method's model, as text; methods that do not tell have none."""
+    told = ((str(r["method"]), r.get("num_experts_L")) for r in rows if not r.get("published"))
+    return {method: str(sizes) for method, sizes in told if sizes is not None}
+
+
+def of_other_size(rows: Sequence[Row]) -> list[str]:
+    """The methods whose models have other experts per layer than those of most methods.
+
+    Of as many, those that come first count as most.
+    """
+    of = pools(rows)
+    if not of:
+        return []
+    common = Counter(of.values()).most_common(1)[0][0]
+    return [method for method, pool in of.items() if pool != common]
 
 
 def _is_number(value: object) -> bool:

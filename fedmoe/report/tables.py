@@ -125,11 +125,12 @@ class Line:
     published: bool
     cells: Sequence[Cell]  # as many as the grid has columns
     control: bool = False
+    mark: str = ""
 
     @property
     def name(self) -> str:
         """The method's name with its mark."""
-        return self.method + ("†" if self.published else "‡" if self.control else "")
+        return self.method + self.mark
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def grid(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> Grid:
                 m.published,
                 [_cell(c, m, best[c]) for c in columns],
                 m.control,
+                m.mark,
             )
             for m in methods
         ],

@@ -54,7 +54,10 @@ class ExpertCache:
         return sealed
 
     def put(self, sealed: Sealed) -> None:
-        """Keep a group, unless it is tiny or larger than the whole cache; others may have to go."""
+        """Keep a group, unless it is tiny or larger than the whole cache; others may have to go.
+
+        A disk that cannot be written is no error: the group will be sent again.
+        """
         if not SMALLEST <= sealed.nbytes <= self.limit_bytes:
             return
         path = self._path(sealed.hash)
@@ -64,14 +67,15 @@ class ExpertCache:
         raw = _written(sealed)
         if len(raw) > self.limit_bytes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}-{time.time_ns()}.part")
-        try:
-            beside.write_bytes(raw)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-        self._make_room()
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                beside.write_bytes(raw)
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
+            self._make_room()
 
     def held(self) -> tuple[bytes, ...]:
         """Hashes of what is kept, most recently used first; no more than can be reported."""

@@ -142,21 +142,16 @@ def content_hash(meta: pb.Group, raws: Mapping[str, bytes]) -> bytes:
     """As the proto file defines it. The same for equal groups, whatever they are called."""
     h = hashlib.sha256()
     for t in sorted(meta.tensors, key=lambda t: t.name):
-        dims = ",".join(map(str, t.shape))
-        fields = (t.name, t.dtype, dims, t.encoding, t.block, int(t.delta), t.nbytes)
-        h.update(("\0".join(map(str, fields)) + "\n").encode())
+        name, dims = t.name.encode(), ",".join(map(str, t.shape))
+        fields = (t.dtype, dims, t.encoding, t.block, int(t.delta), t.nbytes)
+        h.update(f"{len(name)}\0".encode() + name)
+        h.update("".join(f"\0{field}" for field in fields).encode() + b"\n")
         h.update(raws[t.name])
     return h.digest()
 
 
 def decoded_bytes(meta: pb.Group) -> int:
-    """What the group says that it takes in memory; needs no more than the manifest.
-
-    Raises:
-        ParcelError: what it says is out of all bounds.
-    """
-    if len(meta.tensors) > TENSORS_LIMIT:
-        raise ParcelError(f"must have at most {TENSORS_LIMIT} tensors, got {len(meta.tensors)}")
+    """What a group that `check_sealed` has let pass takes in memory, or at most in decoding."""
     return sum(numel_of(t) * max(dtype_of(t).itemsize, 4) for t in meta.tensors)
 
 
@@ -181,12 +176,15 @@ def numel_of(t: pb.Tensor) -> int:
 
 def check_sealed(meta: pb.Group, raws: Mapping[str, bytes]) -> None:
     """Raise ParcelError where bytes and manifest do not tell the same."""
-    names = [t.name for t in meta.tensors]
-    if len(set(names)) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise ParcelError(f"{twice[:NAME_LIMIT]!r} must be there once, and is there twice")
-    if set(names) != set(raws):
-        odd = sorted(set(names) ^ set(raws), key=str)
+    if len(meta.tensors) > TENSORS_LIMIT:
+        raise ParcelError(f"must have at most {TENSORS_LIMIT} tensors, got {len(meta.tensors)}")
+    names: set[str] = set()
+    for t in meta.tensors:
+        if t.name in names:
+            raise ParcelError(f"{t.name[:NAME_LIMIT]!r} must be there once, and is there twice")
+        names.add(t.name)
+    if names != set(raws):
+        odd = sorted(names ^ set(raws), key=str)
         raise ParcelError(
             f"tensors must be those of the manifest; {str(odd[0])[:NAME_LIMIT]!r} is not in both "
             f"({len(odd)} in all)"

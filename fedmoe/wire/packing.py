@@ -20,12 +20,14 @@ from fedmoe.types import (
     Job,
     MoEState,
     State,
+    SubMoE,
 )
 from fedmoe.wire import manifest_pb2 as pb
 from fedmoe.wire.cache import ExpertCache
 from fedmoe.wire.codecs import BF16, Codec, Int8, Raw, TopK
 from fedmoe.wire.groups import Sealed, check_sealed, decoded_bytes, seal, unseal
 from fedmoe.wire.parcel import (
+    GROUPS_LIMIT,
     HELD_LIMIT,
     LAYER_LIMIT,
     MissingError,
@@ -88,11 +90,12 @@ class Received:
     client: int
     base: bytes  # hash of all that it was sent
     codecs: Codecs
+    exact: SubMoE = frozenset()  # experts that came as the server has them, bit for bit
 
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """What the server unpacks: the update, and the hashes in that client's cache, newest first."""
+    """What the server unpacks: the update, and what is in that client's cache, by hash."""
 
     update: ClientUpdate
     held: frozenset[bytes]
@@ -183,6 +186,8 @@ def unpack_assignment(
         raise ParcelError(f"job must be one of {sorted(_JOB_OF)}, got {content.job}")
     if content.HasField("choose") and not 1 <= content.choose <= LAYER_LIMIT:
         raise ParcelError(f"choose must be between 1 and {LAYER_LIMIT}, got {content.choose}")
+    if len(content.sub_moe) > GROUPS_LIMIT:
+        raise ParcelError(f"sub_moe must have at most {GROUPS_LIMIT} experts")
     sub_moe = frozenset(ExpertId(e.layer, e.expert) for e in content.sub_moe)
     if len(sub_moe) != len(content.sub_moe):
         raise ParcelError("sub_moe must name every expert once")
@@ -208,8 +213,13 @@ def unpack_assignment(
         states.get("extra", {}),
         content.choose if content.HasField("choose") else None,
     )
+    exact = frozenset(
+        e
+        for e in assignment.model.experts
+        if all(t.encoding == pb.RAW for t in sealed[_name_of(e)].meta.tensors)
+    )
     base = base_of_groups(manifest.groups)
-    return Received(assignment, manifest.run, manifest.client, base, codecs)
+    return Received(assignment, manifest.run, manifest.client, base, codecs, exact)
 
 
 # Up
@@ -222,6 +232,7 @@ def pack_update(
     generator: torch.Generator | None = None,
     feedback: MoEState | None = None,
     held: Collection[bytes] = (),
+    cache: ExpertCache | None = None,
 ) -> tuple[Parcel, MoEState | None]:
     """One message up, coded as the server asked for, and what its codec left out.
 
@@ -229,7 +240,9 @@ def pack_update(
         generator: for codecs that round by chance; None: to the nearest.
         feedback: what was left out last time, as given back then; None at first. It stays on the
             client, which keeps what it is given back for the next time.
-        held: hashes in the client's cache, newest first; the first few thousand are reported.
+        cache: whose hashes are reported, so that the server need not send what is there. Experts
+            go into it as the server will have them: one that no other client trains comes back
+            without a byte.
 
     Raises:
         ValueError: a tensor cannot travel so, for instance because it is not finite.
@@ -242,7 +255,6 @@ def pack_update(
     _write_profile(update.profile, content.profile)
     for name in sorted(update.metrics):
         content.metrics.add(name=name, value=update.metrics[name])
-    content.held.extend(list(held)[:HELD_LIMIT])
     sent = received.assignment.model
     owed = MoEState({}, {}) if feedback is None else feedback
     left_shared: State = owed.shared
@@ -265,13 +277,15 @@ def pack_update(
         )
         if left:
             left_experts[e] = {**left_experts.get(e, {}), **left}
-        name = f"expert.{e.layer}.{e.expert}"
-        _add(manifest, name, sealed)
-        travelling[name] = sealed.raws
+        if cache is not None and e in received.exact:
+            cache.put(seal(unseal(sealed.meta, sealed.raws, sent.experts[e]), Raw())[0])
+        _add(manifest, _name_of(e), sealed)
+        travelling[_name_of(e)] = sealed.raws
     if update.extra:
         sealed, _ = seal(update.extra, Raw(), base=received.assignment.extra)
         _add(manifest, "extra", sealed)
         travelling["extra"] = sealed.raws
+    content.held.extend(list(held if cache is None else cache.held())[:HELD_LIMIT])
     left_out = MoEState(left_shared, left_experts)
     return closed(manifest, travelling), left_out if left_shared or left_experts else None
 
@@ -330,6 +344,10 @@ def _groups_of(a: Assignment) -> Iterator[tuple[str, State]]:
     for word, experts in (("expert", a.model.experts), ("rows", a.absent_rows)):
         for e in sorted(experts):
             yield f"{word}.{e.layer}.{e.expert}", experts[e]
+
+
+def _name_of(e: ExpertId) -> str:
+    return f"expert.{e.layer}.{e.expert}"
 
 
 def _codec_for(group: str, codecs: Codecs) -> Codec:

@@ -75,6 +75,28 @@ def test_without_a_network_data_that_is_nowhere_is_missing(monkeypatch):
     assert doctor.data_check().state is State.LACKING
 
 
+def test_data_of_a_few_protocols_are_lacking_and_never_missing(monkeypatch, tmp_path):
+    for variable in ("FEDMOE_MNIST", "FEDMOE_HAPT", "FEDMOE_DATA"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    checks = {c.name: c for c in doctor.more_data_checks()}
+    assert list(checks) == ["MNIST", "HAPT", "vowels", "Shakespeare"]
+    assert all(c.state is State.LACKING and c.mend for c in checks.values())
+    assert "only the protocol motion wants it" in checks["HAPT"].found
+    assert "FEDMOE_DATA" in checks["Shakespeare"].mend
+    (tmp_path / "vowel-context.data").write_text("1,2,3\n")
+    checks = {c.name: c for c in doctor.more_data_checks()}
+    assert "wanted the file with SHA-256" in checks["vowels"].found
+
+
+def test_data_that_are_here_are_told_with_their_place(monkeypatch, tmp_path):
+    names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    for name in names:
+        (tmp_path / f"{name}-ubyte").touch()
+    monkeypatch.setenv("FEDMOE_MNIST", str(tmp_path))
+    check = next(iter(doctor.more_data_checks()))
+    assert (check.name, check.state, check.found) == ("MNIST", State.GOOD, str(tmp_path))
+
+
 def test_a_folder_that_is_gone_cannot_be_written_to(tmp_path):
     checks = {c.name: c for c in doctor.place_checks(tmp_path)}
     assert checks["write access"].state is State.GOOD
@@ -106,4 +128,5 @@ def test_the_whole_examination_speaks_of_everything(fedmoe):
     seen = json.loads(fedmoe("doctor", "--json").stdout)
     names = {c["name"] for c in seen["checks"]}
     assert {"Python", "threads", "GPU", "Fashion-MNIST", "Ray", "Chromium", "disk"} <= names
+    assert {"MNIST", "HAPT", "vowels", "Shakespeare"} <= names
     assert all(c["mend"] for c in seen["checks"] if c["state"] != "good")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedmoe.deploy.follow import Follower
+from fedmoe.deploy.follow import Follower, Tail
 from fedmoe.report.log import RunLog
 from tests.cli.conftest import write_run
 
@@ -54,3 +54,18 @@ def test_a_log_that_is_not_one_is_named(tmp_path):
     (run / "rounds.jsonl").write_text("nonsense\n")
     with pytest.raises(ValueError, match=r"rounds\.jsonl, round 0"):
         Follower(run).look()
+
+
+def test_a_tail_begins_at_the_end_and_waits_for_whole_lines(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"kind": "old"}\n')
+    tail, early = Tail(path), Tail(tmp_path / "later.jsonl")
+    assert list(tail.look()) == [] == list(early.look())
+    with path.open("a") as file:
+        file.write('{"kind": "new"}\nnonsense\n[1]\n{"kind": ')
+    assert list(tail.look()) == [{"kind": "new"}]
+    with path.open("a") as file:
+        file.write('"whole"}\n')
+    assert list(tail.look()) == [{"kind": "whole"}]
+    (tmp_path / "later.jsonl").write_text('{"kind": "first"}\n')
+    assert list(early.look()) == [{"kind": "first"}]

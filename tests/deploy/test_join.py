@@ -43,8 +43,8 @@ def test_a_key_is_found_where_keys_are_made_and_where_it_was_brought(keys, tmp_p
 
 def test_a_node_is_told_what_flower_hands_on_to_the_worker_s_messages():
     place = Place(3, Path("/a b/worker"), Path("/run/x/socket"), 64, "cpu", "lab:tiny")
-    config = parse_config_args([node_config(place)])
-    assert Place.of(config) == place
+    found = Place.of(parse_config_args([node_config(place)]))
+    assert (found.client, found.socket, found.tended) == (3, place.socket, True)
 
 
 def test_a_worker_listens_in_a_folder_of_its_user_alone(tmp_path):

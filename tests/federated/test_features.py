@@ -25,7 +25,7 @@ class Counting(nn.Module):
 
 @pytest.fixture
 def model():
-    return seeded(lambda: Encoded(Counting(), F, nn.Linear(F, 2)), 0)
+    return seeded(lambda: Encoded(Counting(), F, nn.Linear(F, 2), (IN,)), 0)
 
 
 def test_data_become_features_and_keep_their_labels(model):

@@ -27,7 +27,7 @@ def load(client):
 
 def on_encoder(head):
     def factory():
-        return seeded(lambda: Encoded(nn.Linear(IN, F), F, head()), 0)
+        return seeded(lambda: Encoded(nn.Linear(IN, F), F, head(), (IN,)), 0)
 
     return factory
 

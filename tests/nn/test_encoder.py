@@ -34,7 +34,7 @@ def test_an_encoder_is_its_classifier_without_the_last_layer_to_mean_0_and_devia
 
 
 def test_a_head_learns_and_its_encoder_does_not(x_ND):
-    model = Encoded(Encoder(classifier()), F, nn.Linear(F, C))
+    model = Encoded(Encoder(classifier()), F, nn.Linear(F, C), (D,))
     model(x_ND).sum().backward()
     for name, p in model.named_parameters():
         assert (p.grad is None) == of_encoder(name), name
@@ -43,10 +43,25 @@ def test_a_head_learns_and_its_encoder_does_not(x_ND):
 
 def test_widths_that_do_not_match_are_both_named(x_ND):
     with pytest.raises(ValueError, match="the encoder must give 7 features, got 4"):
-        Encoded(Encoder(classifier()), 7, nn.Linear(7, C))
-    silent = Encoded(nn.Linear(D, F), 7, nn.Linear(7, C))  # tells its width only when it runs
+        Encoded(Encoder(classifier()), 7, nn.Linear(7, C), (D,))
+    silent = Encoded(nn.Linear(D, F), 7, nn.Linear(7, C), (D,))  # tells its width only when it runs
     with pytest.raises(ValueError, match="the encoder must give 7 features, got 4"):
         silent(x_ND)
+
+
+def test_inputs_and_features_are_told_apart_by_their_shapes_alone(x_ND):
+    model = Encoded(Encoder(classifier()), F, nn.Linear(F, C), (D,))
+    feature_NF = model.features(x_ND)
+    assert torch.equal(model.rows(feature_NF), feature_NF)
+    with pytest.raises(ValueError, match=r"x must have shape \(N, 3\), or be their 4 features"):
+        model(torch.zeros(N, D + F))
+    flat = StemAndHead(nn.Linear(F, D), FFN(D, F, C))  # takes rows as wide as its features
+    with pytest.raises(ValueError, match=r"input_shape must differ .* got \(4,\)"):
+        Encoded(Encoder(flat), F, nn.Linear(F, C), (F,))
+    upright = Encoded(Encoder(StemAndHead(nn.Sequential(nn.Flatten(), flat.stem), flat.head)), F,
+                      nn.Linear(F, C), (1, F))  # fmt: skip
+    x_N1F = torch.randn(N, 1, F)
+    assert not torch.equal(upright.rows(x_N1F), x_N1F.flatten(1))
 
 
 def test_prototypes_worked_by_hand():

@@ -10,6 +10,7 @@ from fedmoe.report.comparison import (
     comparison_markdown,
     facts,
     leads,
+    leads_table,
     target_of,
     with_target,
 )
@@ -116,10 +117,18 @@ def test_leads_from_rows_are_those_of_their_logs(few_runs: list[Run]) -> None:
         assert lead.over_clients.low == pytest.approx(exact.low, abs=1e-4)
 
 
+def test_a_lead_over_a_method_of_another_size_is_drawn_and_marked() -> None:
+    changed = [{**r, "num_experts_L": [32]} if r["method"] == "b" else r for r in rows()]
+    found = {lead.method: lead for lead in leads(changed, "a")}
+    assert found["b"].over_seeds is not None
+    assert {m: lead.mark for m, lead in found.items()} == {"b": "§", "c": "‡"}
+    assert "| b§ | **+20.00**" not in leads_table(leads(changed, "a"), "a")  # 0 within its interval
+    assert "| b§ | +20.00 |" in leads_table(leads(changed, "a"), "a")
+
+
 @pytest.mark.parametrize(
     "change, why",
     [
-        ({"num_experts_L": [8]}, "different pools of experts"),
         ({"partition_hash": "elsewhere"}, "partitioned differently"),
         ({"closed": False}, "Not all rounds are done"),
         ({"personal_mean": None}, "must share a seed that measured personal_mean"),

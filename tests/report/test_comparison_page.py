@@ -66,6 +66,17 @@ def test_heat_fades_with_the_distance_from_the_best_method() -> None:
     assert [line.behind for line in table] == ["0.0", "5.0", "20.0", "-5.0"]
 
 
+def test_a_method_of_another_size_is_marked_in_its_place_and_never_the_best() -> None:
+    sizes = {"a": [16], "b": [16], "mix": [4]}
+    table = heat_table({
+        "p": [r for m, n in sizes.items() for r in ends(m, 0.5 + 0.1 * len(m), num_experts_L=n)]
+    })
+    assert [(line.method, line.mark, line.control) for line in table] == [
+        ("mix", "§", False), ("a", "", False), ("b", "", False)
+    ]  # fmt: skip
+    assert not any(c.best for c in table[0].cells if c)
+
+
 def test_a_method_that_a_protocol_lacks_has_an_empty_cell_and_no_mean() -> None:
     two = {"p": ends("a", 0.8, 0.8, 0.8), "q": [*ends("a", 0.7), *ends("b", 0.6)]}
     a, b = heat_table(two)

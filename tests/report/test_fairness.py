@@ -47,7 +47,6 @@ def test_a_fair_comparison_needs_no_words() -> None:
     "change, words",
     [
         ({"partition_hash": "elsewhere"}, "partitioned differently for the same seed (0)"),
-        ({"num_experts_L": [32]}, "different pools of experts (a [16]; b [32])"),
         ({"rounds_exploring": 2}, "One-off bytes of exploring are missing (b)"),
         ({"closed": False}, "Not all rounds are done (b seed 0: no closing evaluation;"),
         ({"rounds_done": 4}, "Not all rounds are done (b seed 0: 4 of 10;"),
@@ -73,6 +72,13 @@ def test_a_doubtful_comparison_is_flagged_and_not_refused(change: Row, words: st
     given = rows(**change)
     assert words in texts(given)
     assert not refused(comparison_notes(given))
+
+
+def test_a_method_of_another_size_is_named_and_the_others_are_still_compared() -> None:
+    given = rows() + [row("mix", s, num_experts_L=[4], experts_held_mean=2.0) for s in range(3)]
+    [note] = comparison_notes(given)
+    assert note.text.startswith("Methods marked § have other experts per layer than the usual [16]")
+    assert "mix [4]" in note.text and not note.refuses
 
 
 def test_fewer_than_three_seeds_are_too_few() -> None:

@@ -73,6 +73,16 @@ def test_nothing_is_marked_as_best_where_the_comparison_is_refused(rows: list[Ro
     assert " ± " not in text
 
 
+def test_a_method_of_another_size_is_marked_and_never_the_best(rows: list[Row]) -> None:
+    best = "local"
+    ahead = {"personal_mean": 0.99, "num_experts_L": [2]}
+    changed = [{**r, **ahead} if r["method"] == best else r for r in rows]
+    lines = {line.method: line for line in grid(changed).lines}
+    assert {m: line.mark for m, line in lines.items()} == {"fedmoe": "", "fedavg": "", best: "§"}
+    assert lines[best].name == f"{best}§" and not any(c.best for c in lines[best].cells)
+    assert sum(line.cells[0].best for line in lines.values()) == 1
+
+
 def test_methods_that_look_equal_are_marked_equal(rows: list[Row]) -> None:
     level = [{**r, "personal_mean": 0.70001 + 1e-5 * r["seed"]} for r in rows]
     personal = [line.cells[0] for line in grid(level).lines]

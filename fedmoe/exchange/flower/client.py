@@ -22,12 +22,12 @@ from fedmoe.exchange.flower.identity import Identity, identity_of
 from fedmoe.exchange.flower.post import BROKEN, FAILED, HELLO, PARCEL, WORK, Post, PostError
 from fedmoe.exchange.flower.records import content_of, post_of
 from fedmoe.exchange.flower.terms import Terms
+from fedmoe.exchange.parcels import coding_generator
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.run import Spec
 from fedmoe.experiments.table import make_experiment
 from fedmoe.federated.local import work
-from fedmoe.rng import torch_generator
 from fedmoe.types import ClientUpdate, Job
 from fedmoe.wire.cache import ExpertCache
 from fedmoe.wire.packing import Received, pack_update, unpack_assignment
@@ -42,7 +42,6 @@ from fedmoe.wire.parcel import (
     unpack_query,
 )
 
-CODING = 2  # keys the generator by which a client's codec rounds; see federated.rounds for 0 and 1
 RESIDENT = 2  # experiments, and clients' data, that stay in memory
 
 Make = Callable[[Spec], Experiment]
@@ -200,7 +199,7 @@ def _work(asked: Parcel, terms: Terms, client: Client, experiment: Experiment) -
     parcel, left = pack_update(
         update,
         received,
-        generator=torch_generator(experiment.schedule.seed, round, client.id, CODING),
+        generator=coding_generator(experiment.schedule.seed, round, client.id),
         feedback=owed.load(client.id, round) if remembers else None,
         held=() if cache is None else cache.held(),
     )

@@ -58,7 +58,7 @@ def to_file(path: Path) -> OnEvent:
     """Append each event as a line of JSON, with the time in seconds since 1970."""
 
     def write(event: Event) -> None:
-        said = {k: v for k, v in asdict(event).items() if v not in (None, "", 0) or k == "round"}
+        said = {k: v for k, v in asdict(event).items() if v is not None and v != ""}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **said}) + "\n")
 

@@ -38,10 +38,13 @@ class Place:
     cache_mb: int = 1024  # 0: no cache
     device: str = "cpu"
     only: str = ""  # the only experiment that it takes part in; empty: any
+    tended: bool = False  # somebody else starts its worker, and knows with what state
 
     @staticmethod
     def of(config: Mapping[str, object]) -> "Place":
         """From a node's configuration: client-id, state, socket, cache-mb, device, experiment.
+
+        With a socket but no state somebody else is taken to look after the worker.
 
         Raises:
             ValueError: a value is missing or of the wrong kind.
@@ -63,7 +66,8 @@ class Place:
                 "choose a shorter one"
             )
         device, only = (str(config.get(name, "")) for name in ("device", "experiment"))
-        return Place(client, state, at, cache_mb, device or "cpu", only)
+        tended = bool(config.get("socket")) and not config.get("state")
+        return Place(client, state, at, cache_mb, device or "cpu", only, tended)
 
 
 def home() -> Path:
@@ -75,47 +79,49 @@ def home() -> Path:
     return Path(base) / "fedmoe"
 
 
-def forward(post: Post, place: Place, *, start: bool = True) -> Post:
+def forward(post: Post, place: Place, *, patience_s: float = START_S) -> Post:
     """What the worker answers. One that died over the request answers BROKEN.
 
-    Args:
-        start: whether to start a worker where none listens.
+    A worker is started where none listens, or waited for where somebody else is to start it.
 
     Raises:
-        WorkerError: there is none, or the one that was started came to nothing.
+        WorkerError: there is none after `patience_s` seconds, or it came to nothing.
         PostError: it answers what is no frame.
     """
-    with _connected(place, start) as connection:
+    gone = "died over its work"
+    with _connected(place, patience_s) as connection, connection.makefile("rb") as stream:
         try:
             send(connection, post)
-            with connection.makefile("rb") as stream:
-                answer = receive(stream)
+        except OSError as why:  # who refuses a request does not read it to its end
+            gone = f"went away: {why}"
+        try:
+            answer = receive(stream)
         except OSError as why:
-            return Post(BROKEN, f"the worker of client {place.client} went away: {why}")
+            answer, gone = None, f"went away: {why}"
     if answer is None:
-        log = tail(place.state / "worker.log")
-        return Post(BROKEN, f"the worker of client {place.client} died over its work{log}")
+        log = "" if place.tended else tail(place.state / "worker.log")
+        return Post(BROKEN, f"the worker of client {place.client} {gone}{log}")
     return answer
 
 
-def _connected(place: Place, start: bool) -> socket.socket:
+def _connected(place: Place, patience_s: float) -> socket.socket:
     check_folder(place.socket.parent)
     found = _connect(place.socket)
     if found is not None:
         return found
-    if not start:
-        raise WorkerError(f"no worker of client {place.client} listens at {place.socket}")
     # Its end is tied to the process that starts a process for each message.
-    process = start_worker(place, parent=os.getppid(), idle_s=IDLE_S)
-    deadline = time.monotonic() + START_S
+    process = None if place.tended else start_worker(place, parent=os.getppid(), idle_s=IDLE_S)
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         # Another may have been first, and then ours ends at once.
         found = _connect(place.socket)
         if found is not None:
             return found
-        if process.poll() not in (None, 0):
+        if process is not None and process.poll() not in (None, 0):
             break
         time.sleep(POLL_S)
+    if process is None:
+        raise WorkerError(f"no worker of client {place.client} listens at {place.socket}")
     stop_worker(process)
     raise WorkerError(
         f"the worker of client {place.client} does not listen at {place.socket}"

@@ -95,7 +95,7 @@ def send(connection: socket.socket, post: Post) -> None:
     ).encode()
     parts = [post.manifest, *(v for values in post.groups.values() for v in values.values())]
     connection.sendall(LENGTHS.pack(MAGIC, len(head), sum(map(len, parts))) + head)
-    for part in parts:
+    for part in filter(None, parts):  # with nothing, too, sendall asks whether somebody is there
         connection.sendall(part)
 
 

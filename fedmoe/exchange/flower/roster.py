@@ -9,7 +9,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedmoe.exchange.flower.events import Event, OnEvent, ignore
-from fedmoe.exchange.flower.post import FAILED, HELLO, PARCEL, Post, PostError
+from fedmoe.exchange.flower.post import BROKEN, FAILED, HELLO, PARCEL, Post, PostError
+from fedmoe.exchange.flower.pulling import Puller
 from fedmoe.exchange.flower.records import content_of, post_of
 from fedmoe.exchange.flower.terms import Terms
 from fedmoe.wire.parcel import Hello, Parcel, ParcelError, pack_query, unpack_hello
@@ -70,12 +71,15 @@ class Roster:
     sleep: Callable[[float], None] = time.sleep
     members: dict[int, Member] = field(default_factory=dict)
     present: Mapping[int, Node] = field(default_factory=dict)
-    refused: dict[int, str] = field(default_factory=dict)  # by node
+    refused: dict[int, str] = field(default_factory=dict)  # nodes, and why
     _asked: dict[str, Node] = field(default_factory=dict)  # by the message's id
     _settled: dict[int, Node] = field(default_factory=dict)  # nodes that have answered
     _doubles: set[int] = field(default_factory=set)  # refused only while another is there
     _not_before: dict[int, float] = field(default_factory=dict)
     _looked: float | None = None
+
+    def __post_init__(self) -> None:
+        self._puller = Puller(self.grid)
 
     def reachable(self, client: int) -> Member | None:
         """The member, if its node is there."""
@@ -98,9 +102,12 @@ class Roster:
                 due = now >= self._not_before.get(node.id, now)
                 if due and self._settled.get(node.id) != node and node not in asked:
                     self._ask(node)
-        for message_id in list(self._asked):
-            for message in self.grid.pull_messages([message_id]):
-                self._take(message_id, message)
+        busy = self._puller.busy
+        for message in self._puller.finished():
+            self._take(message)
+        for message_id in [i for i in self._asked if i not in busy]:
+            for message in self._puller.pull([message_id]):
+                self._take(message)
 
     def gather(self, wanted: Collection[int], count: int, wait_s: float | None = None) -> None:
         """Wait until as many of the wanted clients are there.
@@ -147,18 +154,24 @@ class Roster:
             if message_id:
                 self._asked[message_id] = node
 
-    def _take(self, message_id: str, message: Message) -> None:
-        node = self._asked.pop(message_id)
+    def _take(self, message: Message) -> None:
+        asked = self._asked.pop(message.metadata.reply_to_message_id, None)
+        if asked is None:
+            self.on_event(Event("refused", text="foreign: a hello that nobody asked for"))
+            return
+        node = self.present.get(asked.id, asked)  # which may have been started anew meanwhile
         self._settled[node.id] = node
         if message.has_error():
             self._later(node, f"error {message.error.code}: {message.error.reason}")
             return
         try:
             post = post_of(message.content)
-            if post.kind == FAILED:
+            if post.kind == BROKEN:
+                self._later(node, post.text)
+            elif post.kind == FAILED:
                 self._refuse(node, post.text)
             elif post.kind != PARCEL:
-                self._later(node, post.text)
+                self._refuse(node, f"answers {post.kind!r} where it was asked who it is")
             else:
                 hello = unpack_hello(Parcel(post.manifest, post.groups), run=self.terms.run)
                 self._welcome(node, hello)
@@ -169,7 +182,8 @@ class Roster:
         """The node may do better when it is asked again."""
         self._settled.pop(node.id, None)
         self._not_before[node.id] = self.clock() + AGAIN_S
-        self.on_event(Event("retried", node=node.id, text=f"no hello: {why}"))
+        self.refused[node.id] = f"no hello: {why}"
+        self.on_event(Event("retried", node=node.id, text=self.refused[node.id]))
 
     def _refuse(self, node: Node, why: str) -> None:
         self.refused[node.id] = why

@@ -7,7 +7,7 @@ until the last one is there: replies are pulled and decoded one at a time.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 
 from fedmoe.exchange.flower.events import Event, OnEvent, ignore
 from fedmoe.exchange.flower.post import BROKEN, FAILED, WORK, Post, PostError
+from fedmoe.exchange.flower.pulling import Puller
 from fedmoe.exchange.flower.records import Made, content_of, post_of
 from fedmoe.exchange.flower.roster import Member, Roster
 from fedmoe.types import Assignment, ClientFailure, ClientUpdate, Exchange, Job
@@ -62,7 +63,7 @@ class RoundPolicy:
     enough: float = 1.0  # share of the clients asked after whose answers the round ends
     retries: int = 3  # how often work is asked for again where a client's process broke
     retry_s: float = 1.0  # before the first of them; twice as long before each other
-    absent_s: float = 120.0  # how long who only evaluates is waited for while it is not there
+    absent_s: float = 120.0  # of waiting for who is away and would only evaluate
 
     def __post_init__(self) -> None:
         if self.deadline_s is not None and not self.deadline_s > 0:
@@ -97,6 +98,7 @@ def flower_exchange(
     grid: Grid,
     roster: Roster,
     *,
+    guests: Collection[int] = (),
     policy: RoundPolicy = PATIENT,
     down: Codecs = RAW,
     up: Codecs = RAW,
@@ -113,15 +115,31 @@ def flower_exchange(
     its client's failure in that round.
 
     Args:
+        guests: clients that never train: what they answer changes nothing, so a run neither fails
+            for want of them nor waits without end.
         down, up: in what form assignments and updates travel.
         on_client: told of each client that has answered, or will not.
     """
     late: dict[str, Sent] = {}
+    puller = Puller(grid)
 
     def exchange(assignments: Mapping[int, Assignment]) -> Iterator[ClientUpdate | ClientFailure]:
         if not assignments:
             return
-        round = _Round(grid, roster, assignments, policy, down, up, on_event, late, clock, sleep)
+        round = _Round(
+            grid,
+            puller,
+            roster,
+            guests,
+            assignments,
+            policy,
+            down,
+            up,
+            on_event,
+            late,
+            clock,
+            sleep,
+        )
         for reply in round.replies():
             client = reply.client
             yield reply
@@ -139,7 +157,9 @@ class _Round:
     """One call of an exchange: who is waited for, and what is under way."""
 
     grid: Grid
+    puller: Puller
     roster: Roster
+    guests: Collection[int]
     assignments: Mapping[int, Assignment]
     policy: RoundPolicy
     down: Codecs
@@ -199,11 +219,11 @@ class _Round:
             last = self.latest.get(client)
             if last is not None and (last.node, last.since) == (member.node.id, member.node.since):
                 continue
-            if last is not None:
-                # What was sent is lost with the process that had it.
+            if self.clock() < self.not_before.get(client, self.begun):
+                continue
+            if last is not None:  # what was sent is lost with the process that had it
                 self._event("retried", client, "its node was started anew")
-            if self.clock() >= self.not_before.get(client, self.begun):
-                self._send_to(member)
+            self._send_to(member)
         if all(client in self.latest for client in self.waiting):
             self.memo, self.made = {}, {}  # no need of what all share until somebody is asked again
 
@@ -242,17 +262,21 @@ class _Round:
 
     def _pulled(self) -> Iterator[ClientUpdate | ClientFailure]:
         """What has come, a few messages at a time: of up to 64 under way one at a time."""
-        ids = iter([*self.out, *self.late])
+        yield from self._outcomes(self.puller.finished())
+        busy = self.puller.busy
+        ids = iter([i for i in (*self.out, *self.late) if i not in busy])
         size = 1 + (len(self.out) + len(self.late)) // REQUESTS
         while some := list(islice(ids, size)):
-            messages = list(self.grid.pull_messages(some))
-            while messages:
-                reply = self._taken(messages.pop(0))
-                if reply is not None:
-                    self.waiting.discard(reply.client)
-                    self.latest.pop(reply.client, None)
-                    yield reply
-                del reply
+            yield from self._outcomes(self.puller.pull(some))
+
+    def _outcomes(self, messages: list[Message]) -> Iterator[ClientUpdate | ClientFailure]:
+        while messages:
+            reply = self._taken(messages.pop(0))
+            if reply is not None:
+                self.waiting.discard(reply.client)
+                self.latest.pop(reply.client, None)
+                yield reply
+            del reply
 
     def _taken(self, message: Message) -> ClientUpdate | ClientFailure | None:
         message_id = message.metadata.reply_to_message_id
@@ -366,7 +390,9 @@ class _Round:
         return deadline_s is not None and self.clock() - self.begun >= deadline_s
 
     def _trains(self, client: int) -> bool:
-        return self.assignments[client].job in (Job.TRAIN, Job.SCOUT)
+        """Whether its answer is for the model."""
+        job = self.assignments[client].job
+        return job is Job.TRAIN or (job is Job.SCOUT and client not in self.guests)
 
     def _check_quorum(self) -> None:
         asked = len(self.assignments)

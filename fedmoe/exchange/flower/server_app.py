@@ -38,6 +38,8 @@ def lead(grid: Grid, flower_run: int, settings: Settings, on_event: OnEvent = ig
     folder.mkdir(parents=True, exist_ok=True)
     key = key_of(folder / "flower")
     identity = identity_of(spec, experiment)
+    if settings.only_first:
+        experiment = experiment.of_first(settings.only_first)
     terms = Terms(
         key,
         f"{key}.{flower_run}",
@@ -60,6 +62,7 @@ def lead(grid: Grid, flower_run: int, settings: Settings, on_event: OnEvent = ig
         return flower_exchange(
             grid,
             roster,
+            guests=[c.id for c in experiment.unseen],
             policy=settings.policy,
             down=settings.down,
             up=settings.up,

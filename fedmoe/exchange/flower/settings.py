@@ -20,6 +20,7 @@ KEYS = (
     "arguments",
     "folder",
     "clients",
+    "only-first",
     "wait-s",
     "deadline-s",
     "quorum",
@@ -39,6 +40,7 @@ class Settings:
     folder: Path
     clients: int = 0  # that must be there before it begins; 0: all that train
     wait_s: float | None = None  # for them; None: without end
+    only_first: int = 0  # of the experiment's clients that there are in this run; 0: all
     policy: RoundPolicy = PATIENT
     down: Codecs = RAW
     up: Codecs = RAW
@@ -71,6 +73,7 @@ class Settings:
             Path(folder).absolute(),
             _whole(config, "clients", 0),
             _number(config, "wait-s", 0.0) or None,
+            _whole(config, "only-first", 0),
             policy,
             codecs_named(str(config.get("codec-down", "raw"))),
             codecs_named(str(config.get("codec-up", "raw"))),

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from fedmoe.exchange.flower.forward import Place, check_folder
-from fedmoe.exchange.flower.post import FAILED, Post, PostError, receive, send
+from fedmoe.exchange.flower.post import BODY_LIMIT, FAILED, Post, PostError, receive, send
 
 READING_S = 60.0  # without a byte of a request that has begun
 POLL_S = 1.0
@@ -30,8 +30,18 @@ CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 Answer = Callable[[Post], Post]
 
 
-def serve(at: Path, answer: Answer, *, idle_s: float = 0.0, stop: threading.Event) -> None:
+def serve(
+    at: Path,
+    answer: Answer,
+    *,
+    stop: threading.Event,
+    idle_s: float = 0.0,
+    limit: int = BODY_LIMIT,
+) -> None:
     """Answer requests until `stop` is set, or none came for `idle_s` seconds (0: for ever).
+
+    Args:
+        limit: bytes of a request, its head not counted.
 
     Raises:
         BlockingIOError: another process serves this socket.
@@ -56,18 +66,18 @@ def serve(at: Path, answer: Answer, *, idle_s: float = 0.0, stop: threading.Even
                 except TimeoutError:
                     continue
                 with connection:
-                    _attend(connection, answer)
+                    _attend(connection, answer, limit)
                 asked = time.monotonic()
         at.unlink(missing_ok=True)
 
 
-def _attend(connection: socket.socket, answer: Answer) -> None:
+def _attend(connection: socket.socket, answer: Answer, limit: int) -> None:
     """One request. Whatever is wrong with it, or with who asks, ends it alone."""
     connection.settimeout(READING_S)
     try:
         _check_peer(connection)
         with connection.makefile("rb") as stream:
-            request = receive(stream)
+            request = receive(stream, limit)
         if request is None:
             return
         reply = answer(request)

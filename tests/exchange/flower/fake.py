@@ -1,29 +1,48 @@
 """A grid in memory: nodes that answer at once, late, twice or not at all, as a test wants it."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from flwr.app import Error, Message, RecordDict
-from flwr.app.message import make_message
+from flwr.app import Error, Message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmoe.exchange.flower.client import Client, answer
+from fedmoe.exchange.flower.events import Event
 from fedmoe.exchange.flower.identity import identity_of
-from fedmoe.exchange.flower.post import Post
+from fedmoe.exchange.flower.post import HELLO, Post
 from fedmoe.exchange.flower.records import content_of, post_of
+from fedmoe.exchange.flower.roster import Roster
+from fedmoe.exchange.flower.server import flower_exchange
 from fedmoe.exchange.flower.terms import Terms
 from fedmoe.experiments.run import Spec
-from tests.tiny import experiment
+from fedmoe.experiments.table import make_experiment
+from tests.exchange.flower.runs import TARGET
 
-Handle = Callable[[Message], "Message | None"]
+Handle = Callable[[Message], Message | None]
 
 
-def identify() -> None:
-    """As an app process of Flower does before it makes messages."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+@dataclass
+class Clock:
+    """Time that passes only while somebody sleeps; what is to happen then happens."""
+
+    now: float = 0.0
+    plans: list[tuple[float, Callable[[], object]]] = field(default_factory=list)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        due = [p for p in self.plans if p[0] <= self.now]
+        self.plans = [p for p in self.plans if p[0] > self.now]
+        for _, happen in due:
+            happen()
+
+    def at(self, time: float, happen: Callable[[], object]) -> None:
+        self.plans.append((time, happen))
 
 
 @dataclass
@@ -37,15 +56,15 @@ class FakeGrid(Grid):
     since: dict[int, str] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     sent: list[Message] = field(default_factory=list)
-    ready: dict[str, Message] = field(default_factory=dict)
-    pulls: int = 0
+    answered: set[str] = field(default_factory=set)
     largest_pull: int = 0
 
     def __post_init__(self) -> None:
-        identify()
+        # As an app process of Flower does before it makes messages.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
     def set_run(self, run):
-        pass
+        raise NotImplementedError
 
     @property
     def run(self):
@@ -62,9 +81,7 @@ class FakeGrid(Grid):
 
     def get_nodes(self) -> list[NodeInfo]:
         return [
-            NodeInfo(
-                node_id=n, last_activated_at=self.since.get(n, ""), name=self.names.get(n, "")
-            )
+            NodeInfo(node_id=n, last_activated_at=self.since.get(n, ""), name=self.names.get(n, ""))
             for n in self.nodes
         ]
 
@@ -79,49 +96,51 @@ class FakeGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         found = []
-        self.pulls += 1
         for message_id in message_ids:
+            if message_id in self.answered:
+                continue  # Flower gives each reply once
             message = self.sent[int(message_id[1:])]
-            if message is None:
-                continue
-            reply = self.ready.pop(message_id, None)
-            if reply is None:
-                handle = self.nodes.get(message.metadata.dst_node_id)
-                reply = gone(message) if handle is None else handle(message)
+            handle = self.nodes.get(message.metadata.dst_node_id)
+            reply = error(message, 5, "Node Unavailable") if handle is None else handle(message)
             if reply is not None:
                 found.append(reply)
-                self.sent[int(message_id[1:])] = None  # Flower gives each reply once
+                self.answered.add(message_id)
         self.largest_pull = max(self.largest_pull, len(found))
         return found
+
+    def works(self) -> list[Message]:
+        """What was sent, but for the questions who is there."""
+        return [m for m in self.sent if not asks_hello(m)]
 
 
 def error(message: Message, code: int, reason: str) -> Message:
     return Message(Error(code, reason), reply_to=message)
 
 
-def gone(message: Message) -> Message:
-    return error(message, 5, "Node Unavailable")
-
-
-def post_reply(message: Message, post: Post) -> Message:
-    """As it arrives at the server, through Flower's own bytes where there are no arrays."""
+def said(message: Message, post: Post) -> Message:
     return Message(content_of(post), reply_to=message)
 
 
-def moved(message: Message, content: RecordDict) -> Message:
-    return make_message(metadata=message.metadata, content=content)
+def asks_hello(message: Message) -> bool:
+    return message.metadata.message_type == f"query.{HELLO}"
 
 
-def client_node(client: Client) -> Handle:
-    """A node that does its client's work."""
-    return lambda message: post_reply(message, answer(post_of(message.content), client))
+def worker(client: Client) -> Handle:
+    """A node that does its client's work at once."""
+    return lambda message: said(message, answer(post_of(message.content), client))
 
 
-SPEC = Spec("tiny", "fedavg", 0, 3)
+def after_hello(client: Client, handle: Handle) -> Handle:
+    """A node that says hello as `client` does, and then does this with work."""
+    return lambda m: worker(client)(m) if asks_hello(m) else handle(m)
 
 
-def terms_of(made, run: str = "abc.1", spec: Spec = SPEC) -> Terms:
-    identity = identity_of(spec, made)
+def spec_of(method: str, **arguments: object) -> Spec:
+    return Spec(TARGET, method, 0, 2, arguments)
+
+
+def terms_of(spec: Spec, run: str = "abc.1") -> Terms:
+    identity = identity_of(spec, make_experiment(spec))
     return Terms(
         "abc",
         run,
@@ -135,27 +154,44 @@ def terms_of(made, run: str = "abc.1", spec: Spec = SPEC) -> Terms:
     )
 
 
-def clients_of(folder, make=None, **changes) -> dict[int, Client]:
-    """The four clients of the tiny experiment, each with a folder."""
-    make = make or partial(_made, tuple(changes.items()))
-    return {c: Client(c, folder / f"client-{c}", make=make) for c in range(4)}
+class World:
+    """Four clients at nodes 100 to 103, a server, and what was told of them."""
+
+    def __init__(self, folder: Path, method: str = "fedavg", **arguments: object) -> None:
+        self.spec = spec_of(method, **arguments)
+        self.experiment = make_experiment(self.spec)
+        self.clients = {c: Client(c, folder / f"client-{c}") for c in range(4)}
+        self.grid = FakeGrid({100 + c: worker(client) for c, client in self.clients.items()})
+        self.clock = Clock()
+        self.events: list[Event] = []
+        self.roster = self.new_roster()
+
+    def new_roster(self, run: str = "abc.1") -> Roster:
+        return Roster(
+            self.grid,
+            terms_of(self.spec, run),
+            set(self.clients),
+            self.events.append,
+            self.clock,
+            self.clock.sleep,
+        )
+
+    def gather(self, count: int = 4) -> None:
+        self.roster.gather(self.clients, count, wait_s=60)
+
+    def exchange(self, **options):
+        return flower_exchange(
+            self.grid,
+            self.roster,
+            on_event=self.events.append,
+            clock=self.clock,
+            sleep=self.clock.sleep,
+            **options,
+        )
+
+    def told(self, kind: str) -> list[tuple[int | None, str]]:
+        return [(e.client, e.text) for e in self.events if e.kind == kind]
 
 
-def _made(changes, spec: Spec):
-    return experiment(**dict(changes))
-
-
-@dataclass
-class Clock:
-    """Time that passes only while somebody sleeps."""
-
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-__all__ = ["Clock", "FakeGrid", "clients_of", "client_node", "error", "replace", "terms_of"]
+def held_of(world: World) -> Mapping[int, frozenset[bytes]]:
+    return {c: m.held for c, m in world.roster.members.items()}

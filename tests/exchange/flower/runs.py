@@ -1,15 +1,38 @@
-"""Experiments of a few numbers, by `module:function`, for the processes that tests start."""
+"""Experiments of a few numbers, by `module:function`, for tests and the processes they start."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+
+from torch import nn
 
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.federated.fedmoe import FedMoE
 from fedmoe.federated.local import fedper
 from fedmoe.federated.rounds import Schedule
-from tests.tiny import experiment
+from fedmoe.nn.experts.ffn import FFN
+from fedmoe.nn.gates.topk import TopKGate
+from fedmoe.nn.init import seeded
+from fedmoe.nn.moe import MoE
+from tests.tiny import CLASSES, IN, D, experiment
 
 TARGET = "tests.exchange.flower.runs:small"
+
+
+class Wide(nn.Module):
+    """As `Tiny`, but its experts are large enough to be worth a place in a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(IN, D)
+        self.head = MoE(TopKGate(D, 4, 1), {e: FFN(D, 64, CLASSES) for e in range(4)}, 4)
+
+    def forward(self, x_NI):
+        return self.head(self.stem(x_NI).tanh())
+
+
+def wide() -> Wide:
+    return seeded(Wide, 0)
 
 
 def is_stem(name: str) -> bool:
@@ -24,4 +47,5 @@ def small(seed: int = 0, rounds: int = 2, lr: float = 0.1) -> Mapping[str, Exper
         "fedavg": plain,
         "fedper": replace(plain, method="fedper", plan=fedper(is_stem, plain.plan)),
         "fedmoe": replace(plain, method="fedmoe", strategy=FedMoE()),
+        "wide": replace(plain, method="wide", factory=partial(wide)),
     }
