@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from select import select
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -47,7 +49,8 @@ from fedmoe.deploy.deployment import Deployment
 from fedmoe.deploy.keys import Keys, make_keys
 from fedmoe.deploy.processes import daemon, environment, free_port, stop
 from fedmoe.exchange.flower.client import Client, answer
-from fedmoe.exchange.flower.forward import Place, forward
+from fedmoe.exchange.flower.forward import Place
+from fedmoe.exchange.flower.post import receive, send
 from fedmoe.exchange.flower.records import content_of, post_of
 from fedmoe.exchange.flower.server_app import lead
 from fedmoe.exchange.flower.settings import Settings
@@ -63,7 +66,8 @@ from fedmoe.types import Assignment
 ROOT = Path(__file__).parents[1]
 CLIENTS = 2
 FEW, MANY = 2, 8  # clients, for the server's memory
-HEAVY = 640  # width of an expert there: a model of 42 MB
+EXPERTS = 4
+HEAVY = 2560  # width of an expert there: a model of 42 MB
 LONG_S = 600.0
 
 PEER_PROJECT = """\
@@ -145,7 +149,7 @@ def main() -> None:
     elif args.memory is not None:
         print(json.dumps(peak_bytes_of(args.memory, args.folder)))
     else:
-        rows = [*rows_of_memory(), row_of_rounds(*((3, 5) if args.full else (1, 4)))]
+        rows = [*rows_of_memory(), row_of_rounds(*((4, 5) if args.full else (2, 3)))]
         if args.json:
             versions = {p: version(p) for p in ("torch", "flwr")}
             machine = f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores"
@@ -159,9 +163,12 @@ def main() -> None:
 
 
 def experiment(
-    seed: int = 0, rounds: int = 4, clients: int = CLIENTS, hidden: int = 32
+    seed: int = 0, rounds: int = 4, clients: int = CLIENTS, hidden: int = 128
 ) -> Mapping[str, Experiment]:
-    """FedAvg of the CNN on made-up images: its name is what the processes are given."""
+    """FedAvg of the CNN on made-up images: its name is what the processes are given.
+
+    Every token runs every expert, so that every expert is trained and sent back.
+    """
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 255, (100 * clients, 28, 28), generator=draw, dtype=torch.uint8)
     labels = torch.arange(len(images)) % 10
@@ -177,7 +184,7 @@ def experiment(
         "fedavg": Experiment(
             "bench",
             "fedavg",
-            partial(fashion_cnn, hidden=hidden, seed=seed),
+            partial(fashion_cnn, num_experts=EXPERTS, hidden=hidden, k=EXPERTS, seed=seed),
             FedAvg(),
             LocalPlan((Phase(epochs=1),), lr=0.05, batch_size=20),
             data,
@@ -366,7 +373,7 @@ def all_exist(paths: Iterable[Path]) -> bool:
 
 def peak_bytes_of(clients: int, folder: Path) -> int:
     """Run the server's app, and tell how much memory this process needed at most."""
-    config = {
+    config: dict[str, str | int] = {
         "experiment": "simulations.bench_deploy:experiment",
         "method": "fedavg",
         "rounds": 2,
@@ -379,7 +386,8 @@ def peak_bytes_of(clients: int, folder: Path) -> int:
 
 def place(client: int, folder: Path) -> Place:
     """Where a client of the memory's measurement listens."""
-    return Place(client, folder / f"state-{client}", folder / f"socket-{client}", cache_mb=0, tended=True)
+    state, at = folder / f"state-{client}", folder / f"socket-{client}"
+    return Place(client, state, at, cache_mb=0, tended=True)
 
 
 def answer_for(clients: int, folder: Path) -> None:
@@ -404,11 +412,11 @@ def answer_for(clients: int, folder: Path) -> None:
 
 
 class NearGrid(Grid):
-    """Nodes whose replies are fetched from their workers when they are pulled."""
+    """Nodes whose workers have what was pushed, and keep their replies until they are pulled."""
 
     def __init__(self, clients: int, folder: Path) -> None:
         self.places = {100 + c: place(c, folder) for c in range(clients)}
-        self.waiting: dict[str, Message] = {}
+        self.waiting: dict[str, tuple[Message, socket.socket]] = {}
         self.count = 0
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
@@ -439,17 +447,23 @@ class NearGrid(Grid):
             self.count += 1
             name = f"m{self.count}"
             message.metadata.__dict__["_message_id"] = name
-            self.waiting[name] = message
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.connect(os.fspath(self.places[message.metadata.dst_node_id].socket))
+            send(connection, post_of(message.content))
+            message.content = RecordDict()  # it has left this process
+            self.waiting[name] = message, connection
             ids.append(name)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         found = []
         for name in message_ids:
-            message = self.waiting.pop(name, None)
-            if message is not None:
-                there = self.places[message.metadata.dst_node_id]
-                post = forward(post_of(message.content), there)
+            # As Flower does: nothing is there until the client has begun to send.
+            if name in self.waiting and select([self.waiting[name][1]], [], [], 0)[0]:
+                message, connection = self.waiting.pop(name)
+                with connection, connection.makefile("rb") as stream:
+                    post = receive(stream)
+                assert post is not None
                 found.append(Message(content_of(post), reply_to=message))
         return found
 

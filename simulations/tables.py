@@ -43,6 +43,8 @@ class Table:
     reference: str = "fedmoe"  # the others' distance from it is shown
     split: tuple[str, ...] = ()  # methods shown as received and after fine-tuning, apart
     page: bool = False  # also write NAME.html
+    published: tuple[Row, ...] = ()  # figures from elsewhere that stand beside the runs
+    script: str = ""  # the module that makes it; empty: table_NAME
     how_to_read: str = HOW_TO_READ
     sections: Callable[[Sequence[Row], str], str] = comparison_markdown  # of rows and reference
 
@@ -105,6 +107,7 @@ def carry_out(
         workers=options.workers,
         say=lambda line: print(line, flush=True),
         after=lambda rows: write_table(table, rows, plan.missing, place),
+        published=table.published,
     )
     if table.page:
         write_page(table, read_rows(place / f"{table.name}.json"), place)
@@ -125,7 +128,8 @@ def write_table(
     ]
     parts = [
         f"# {table.title}",
-        f"Made by `python -m simulations.table_{table.name}` from {table.name}.json. "
+        f"Made by `python -m simulations.{table.script or f'table_{table.name}'}` from "
+        f"{table.name}.json. "
         f"{table.how_to_read}",
     ]
     if lacking:

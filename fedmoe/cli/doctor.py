@@ -165,25 +165,19 @@ def more_data_checks() -> Iterator[Check]:
     from fedmoe.data import hapt, mnist, shakespeare, vowels
     from fedmoe.data.files import DATA_FOLDER, DATA_VARIABLE, find_file
 
-    def find_mnist() -> Path | None:
-        return mnist.SOURCE.find()
+    def place_of(name: str, variable: str, usual: Path) -> Callable[[], Path]:
+        return lambda: find_file(name, None, variable, usual, "")
 
-    def find_hapt() -> Path:
-        return find_file(hapt.FILE_NAME, None, hapt.FOLDER_VARIABLE, hapt.LOCAL_FOLDER, "")
-
-    def find_vowels() -> Path:
-        return find_file(vowels.FILE_NAME, None, DATA_VARIABLE, DATA_FOLDER, "")
-
-    def find_shakespeare() -> Path:
-        return find_file(shakespeare.FILE_NAME, None, DATA_VARIABLE, DATA_FOLDER, "")
-
+    of_hapt = place_of(hapt.FILE_NAME, hapt.FOLDER_VARIABLE, hapt.LOCAL_FOLDER)
+    of_vowels = place_of(vowels.FILE_NAME, DATA_VARIABLE, DATA_FOLDER)
+    of_roles = place_of(shakespeare.FILE_NAME, DATA_VARIABLE, DATA_FOLDER)
     put_it = f"put it into a folder that {DATA_VARIABLE} names. "
-    yield _file_check("MNIST", "two-domains", find_mnist, None, mnist.HOW_TO_GET_IT)
-    yield _file_check("HAPT", "motion", find_hapt, hapt.load_hapt, hapt.HOW_TO_GET_IT)
+    yield _file_check("MNIST", "two-domains", mnist.SOURCE.find, None, mnist.HOW_TO_GET_IT)
+    yield _file_check("HAPT", "motion", of_hapt, hapt.load_hapt, hapt.HOW_TO_GET_IT)
     how = put_it + vowels.HOW_TO_GET_IT
-    yield _file_check("vowels", "vowels", find_vowels, vowels.load_vowels, how)
+    yield _file_check("vowels", "vowels", of_vowels, vowels.load_vowels, how)
     how = put_it + shakespeare.HOW_TO_GET_IT
-    yield _file_check("Shakespeare", "shakespeare", find_shakespeare, shakespeare.load_roles, how)
+    yield _file_check("Shakespeare", "shakespeare", of_roles, shakespeare.load_roles, how)
 
 
 def _file_check(

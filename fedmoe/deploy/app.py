@@ -172,13 +172,13 @@ def serve(
             raise CommandError("--insecure uses no keys: give either --keys or --insecure")
         where = host or (HERE if insecure else ANYWHERE)
         with nothing_on_stdout(json):
-            spec, count = settle(Wish(experiment, method, seed, rounds, clients))
+            spec, chosen = settle(Wish(experiment, method, seed, rounds, clients))
         deployment = Deployment(
             target=spec.target,
             method=spec.method,
             seed=spec.seed,
             rounds=spec.rounds,
-            clients=count,
+            clients=len(chosen.clients),
             host=where,
             port=port,
             keys=None if insecure else str((keys or Path("keys")).absolute()),
@@ -190,7 +190,7 @@ def serve(
         )
         check_security(deployment.address, insecure, insecure_anywhere)
         root = out or Path("served") / experiment.replace(":", ".")
-        serve_command(deployment, root, manner)
+        serve_command(deployment, chosen, root, manner)
 
 
 def _only_resume(*others: object) -> None:

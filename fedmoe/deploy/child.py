@@ -20,6 +20,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 LAST = "FEDMOE_LAST_NODE"  # the node that this SuperNode was before, in its environment
 POLL_S = 0.5
+MOST_DELAY_S = 5  # between two tries to reach a server that does not answer
 
 
 def main() -> None:
@@ -42,8 +43,11 @@ def main() -> None:
         uvicorn.run = serve_behind_door
         flower_superlink()
     elif name == "supernode":
+        from flwr.supercore.retry import http_retry
         from flwr.supernode.cli import flower_supernode
 
+        # It would be 20, and a server that was away for a moment without clients for as long.
+        http_retry.MAX_RETRY_DELAY = MOST_DELAY_S  # type: ignore[attr-defined]
         if last := os.environ.get(LAST):
             take_leave(int(last), sys.argv[1:])
         flower_supernode()

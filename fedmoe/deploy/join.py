@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe.cli.trouble import FAILED, INTERRUPTED, CommandError
@@ -115,13 +115,14 @@ def join_command(membership: Membership, voice: Voice) -> None:
 class Kept:
     """A daemon that is started again whenever it ends."""
 
+    name: str
     begin: Callable[[], Child]
+    may_begin: Callable[["Kept"], bool]
     child: Child | None = None
     began: float = 0.0
     delay_s: float = LEAST_DELAY_S
     again_at: float = 0.0
-    read: int = 0  # characters of its log that were looked at
-    problems: list[str] = field(default_factory=list)
+    read: int = 0  # bytes of its log that were looked at
 
 
 class Client:
@@ -134,6 +135,8 @@ class Client:
         self.m, self.state, self.voice, self.stack = membership, state, voice, stack
         self.home = state / "flower"
         self.place = place_of(membership, state)
+        self.worker = Kept("worker", self._begin_worker, lambda kept: True)
+        self.node = Kept("SuperNode", self._begin_node, self._server_is_there)
         self.tried_since = time.monotonic()
         self.answers = 0
 
@@ -149,22 +152,18 @@ class Client:
                 "insecure", "no TLS, and neither side proves who it is", level="warning"
             )
         self.stack.callback(end_all, self.home)
-        worker, node = Kept(self._begin_worker), Kept(self._begin_node)
         while True:
             now = time.monotonic()
-            for name, kept in (("worker", worker), ("SuperNode", node)):
+            for kept in (self.worker, self.node):
                 if kept.child is not None and kept.child.ended is not None:
-                    self._ended(name, kept, now)
-                if kept.child is None and now >= kept.again_at and self._may_begin(name, kept):
+                    self._ended(kept, now)
+                if kept.child is None and now >= kept.again_at and kept.may_begin(kept):
                     kept.child, kept.began, kept.read = kept.begin(), now, 0
-            if node.child is not None:
-                self._listen(node)
+            self._listen()
             time.sleep(LOOK_S)
 
-    def _may_begin(self, name: str, kept: Kept) -> bool:
+    def _server_is_there(self, kept: Kept) -> bool:
         """A SuperNode starts once its worker listens and its server is there, and the right one."""
-        if name == "worker":
-            return True
         if not listens(self.place.socket):
             return False
         try:
@@ -180,11 +179,10 @@ class Client:
             return False
         return True
 
-    def _ended(self, name: str, kept: Kept, now: float) -> None:
+    def _ended(self, kept: Kept, now: float) -> None:
         child = kept.child
         assert child is not None
-        if name == "SuperNode":
-            self._listen(kept)
+        self._listen()
         if now - kept.began >= STEADY_S:
             kept.delay_s = LEAST_DELAY_S
         refused = REFUSED.search(child.text())
@@ -193,7 +191,7 @@ class Client:
             text += f"Either it does not know the public key of {self.m.key}, or somebody is in "
             text += "with that key, or was until a minute ago"
         else:
-            text = f"the {name} ended (exit code {child.ended}); the end of {child.log}:\n"
+            text = f"the {kept.name} ended (exit code {child.ended}); the end of {child.log}:\n"
             text += child.tail()
         kept.child = None
         self._problem(kept, text)
@@ -208,11 +206,14 @@ class Client:
         self.voice.say("trouble", text, {"delay_s": kept.delay_s}, level="warning")
         kept.delay_s = min(2 * kept.delay_s, MOST_DELAY_S)
 
-    def _listen(self, node: Kept) -> None:
+    def _listen(self) -> None:
         """Tell what the SuperNode's log says of how it fares."""
-        assert node.child is not None
-        text = node.child.text()
-        new, node.read = text[node.read :], len(text)
+        node = self.node
+        if node.child is None:
+            return
+        new = node.child.text(node.read)
+        new = new[: new.rfind("\n") + 1]
+        node.read += len(new.encode(errors="surrogateescape"))
         if found := CONNECTED.search(new):
             number = found.group(1)
             (self.state / NODE).write_text(number, encoding="ascii")

@@ -62,11 +62,11 @@ class Child:
         """Its exit code; None while it runs."""
         return self.process.poll()
 
-    def text(self) -> str:
-        """What it has written so far."""
+    def text(self, since: int = 0) -> str:
+        """What it has written, but for as many bytes of its first."""
         with self.log.open("rb") as file:
-            file.seek(self.begins)
-            return file.read().decode(errors="replace")
+            file.seek(self.begins + since)
+            return file.read().decode(errors="surrogateescape")
 
     def tail(self) -> str:
         """Its last words."""

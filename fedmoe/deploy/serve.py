@@ -49,7 +49,7 @@ from fedmoe.report.measures import final_evaluation, result_row
 
 START_S = 120.0  # for a SuperLink, on a busy machine
 LOOK_S = 0.5  # between two looks at the run's log
-ASK_S = 3.0  # between two questions to the SuperLink
+ASK_S = 5.0  # between two questions to the SuperLink
 SETTLE_S = 60.0  # for the app to end once the run is logged as finished
 EXPIRY_DAYS = 14
 QUIET = ("hello", "sent", "replied", "missed")  # kinds of events that are as it should be
@@ -81,8 +81,8 @@ class Wish:
     clients: int | None
 
 
-def settle(wish: Wish) -> tuple[Spec, int]:
-    """The one run that is wished for, and its number of clients.
+def settle(wish: Wish) -> tuple[Spec, Experiment]:
+    """The one run that is wished for.
 
     Raises:
         CommandError: there is no such experiment, method, or number of clients.
@@ -91,16 +91,13 @@ def settle(wish: Wish) -> tuple[Spec, int]:
     methods = methods_of(wish.target, wish.seed, rounds)
     method = wish.method or next(iter(methods))
     experiment = pick_method(methods, method, wish.target)
-    most = len(experiment.clients)
-    clients = most if wish.clients is None else wish.clients
-    if not 1 <= clients <= most:
-        raise CommandError(
-            f"--clients must be from 1 to the {most} clients of {wish.target}, got {clients}"
-        )
-    return Spec(wish.target, method, wish.seed, rounds), clients
+    count = len(experiment.clients) if wish.clients is None else wish.clients
+    return Spec(wish.target, method, wish.seed, rounds), experiment.of_first(count)
 
 
-def serve_command(deployment: Deployment, root: Path, manner: Manner) -> None:
+def serve_command(
+    deployment: Deployment, experiment: Experiment, root: Path, manner: Manner
+) -> None:
     """Begin, or go on with what the folder holds of the same run.
 
     Raises:
@@ -108,11 +105,6 @@ def serve_command(deployment: Deployment, root: Path, manner: Manner) -> None:
     """
     check_place(root)
     check_keys(deployment, manner.voice())
-    experiment = pick_method(
-        methods_of(deployment.target, deployment.seed, deployment.rounds),
-        deployment.method,
-        deployment.target,
-    ).of_first(deployment.clients)
     spec = Spec(deployment.target, deployment.method, deployment.seed, deployment.rounds)
     with alone(root, "flower-server"):
         _carry_out(deployment, spec, experiment, root.resolve(), manner)
@@ -120,7 +112,9 @@ def serve_command(deployment: Deployment, root: Path, manner: Manner) -> None:
 
 def resume_command(root: Path, manner: Manner) -> None:
     """Go on with the run of a folder; see `serve_command`."""
-    serve_command(Deployment.read(root), root, manner)
+    d = Deployment.read(root)
+    _, experiment = settle(Wish(d.target, d.method, d.seed, d.rounds, d.clients))
+    serve_command(d, experiment, root, manner)
 
 
 def check_keys(deployment: Deployment, voice: Voice) -> None:
@@ -264,6 +258,13 @@ class Server:
         text += f"; no longer let in: {gone}" if gone else ""
         self.voice.say("keys", text, {"known": len(found)})
 
+    def _register_again(self, control: Control) -> None:
+        """As `_register`, of which a running server only complains."""
+        try:
+            self._register(control)
+        except (ValueError, OSError) as why:  # a file that is no key, or went while it was read
+            self.voice.say("keys", str(why), level="warning")
+
     def _ready(self) -> str:
         address, count = self.deployment.address, self.deployment.clients
         where = f"on port {address.port}" if address.is_anywhere else f"at {address}"
@@ -308,14 +309,14 @@ class Server:
     def _ask(self, control: Control, number: int) -> RunState | None:
         """How the run stands; None where the SuperLink was too busy to answer."""
         try:
-            self._register(control)
+            self._register_again(control)
             online = control.online()
             if online != self.online:
                 text = f"{plural(online, 'client')} there"
                 self.voice.say("clients", text, {"online": online})
                 self.online = online
             return control.state(number)
-        except (httpx.HTTPError, ValueError) as why:
+        except httpx.HTTPError as why:
             self.voice.say("no-answer", f"the SuperLink does not answer: {why}", level="warning")
             return None
 

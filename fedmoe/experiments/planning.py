@@ -2,19 +2,22 @@
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fedmoe.data.examples import Examples
 from fedmoe.experiments.experiment import Experiment
-from fedmoe.experiments.memory import peak_bytes
+from fedmoe.experiments.memory import (
+    Step,
+    first_assignments,
+    first_examples,
+    measured_step,
+    task_of,
+)
 from fedmoe.experiments.run import without
-from fedmoe.federated.local import train
 from fedmoe.federated.select import experts_that_fit
-from fedmoe.rng import torch_generator
-from fedmoe.state import build_part, load_state, split_state
-from fedmoe.types import Assignment, ExpertId, MoEState, SubMoE
+from fedmoe.state import other_than, split_state, take_names
+from fedmoe.types import Assignment, ClientUpdate, ExpertId, MoEState, SubMoE
 from fedmoe.wire.messages import message_bytes
 
 SAMPLE_STEPS = 4  # batches that are timed for the estimate
@@ -45,21 +48,20 @@ def plan_clients(
         ValueError: a client's budget does not hold one expert per layer.
     """
     model = split_state(experiment.factory())
-    given = _given(experiment, model)
-    known: dict[tuple[tuple[int, int], ...], tuple[int, float]] = {}
+    assigned = first_assignments(experiment, model)
+    known: dict[tuple[tuple[int, int], ...], tuple[Step, float]] = {}
     plans = []
     for c in experiment.clients:
         count = experts_that_fit(model, c.memory_bytes)
-        part = given.get(c.id, _first_experts(model, count))
+        given = assigned.get(c.id)
+        if given is None:  # its experts are chosen on the way
+            part = _first_experts(model, count)
+            given = Assignment(0, model.only(part), part)
+        part = given.sub_moe
         shape = tuple(sorted(Counter(e.layer for e in part).items()))
         if shape not in known:
-            known[shape] = (
-                peak_bytes(experiment, part, device),
-                _seconds_per_batch(experiment, model, part, device),
-            )
-        memory, seconds = known[shape]
-        sent = without(Assignment(0, model.only(part), part), experiment.plan.personal)
-        size = message_bytes(sent)
+            known[shape] = _measured(experiment, model, given, device)
+        step, seconds = known[shape]
         batches = -(-c.num_examples // experiment.plan.batch_size)
         epochs = sum(p.epochs for p in experiment.plan.phases)
         plans.append(
@@ -70,23 +72,44 @@ def plan_clients(
                 experts_per_layer=count,
                 experts_held=len(part),
                 parameter_bytes=_bytes(model.only(part)),
-                training_bytes=memory,
-                bytes_down=size,
-                bytes_up=size,
+                training_bytes=step.peak_bytes,
+                bytes_down=message_bytes(_sent(experiment, given)),
+                bytes_up=message_bytes(_answer(experiment, given, step)),
                 seconds=seconds * batches * epochs,
             )
         )
     return plans
 
 
-def _given(experiment: Experiment, model: MoEState) -> dict[int, SubMoE]:
-    """What each client trains, by a strategy that knows it before the first round."""
-    state = experiment.strategy.init(model, experiment.clients)
-    if experiment.strategy.phase(state) != "train":
-        return {}
-    return {
-        c: a.sub_moe for c, a in experiment.strategy.assign(state, experiment.clients).items()
-    }
+def _sent(experiment: Experiment, given: Assignment) -> Assignment:
+    """What goes down in a round: what is sent once is with the client already."""
+    return without(replace(given, once={}), experiment.plan.personal)
+
+
+def _answer(experiment: Experiment, given: Assignment, step: Step) -> ClientUpdate:
+    """What comes up: the trained part, and what the method sends beside it."""
+    sent, still = _sent(experiment, given).model, experiment.plan.frozen
+    trained = take_names(sent, other_than(still))
+    return ClientUpdate(0, 0, trained, step.trained.profile, {}, step.trained.extra)
+
+
+def _measured(
+    experiment: Experiment, model: MoEState, given: Assignment, device: torch.device | str
+) -> tuple[Step, float]:
+    """One batch for the memory, and a few for the time of each."""
+    size, part, method = experiment.plan.batch_size, given.sub_moe, experiment.plan.method
+    step = measured_step(experiment, part, size, given.extra, device)
+    few = first_examples(experiment, size * SAMPLE_STEPS)
+    own, kept = model.only(part), step.trained.kept
+    task = task_of(experiment, own, few, given.extra, kept, torch.device(device))
+    method.begin(task)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        method.train(task)
+        times.append(time.perf_counter() - started)
+    epochs = sum(p.epochs for p in experiment.plan.phases)
+    return step, sorted(times)[1] / max(1, -(-len(few.y) // size)) / epochs
 
 
 def _first_experts(model: MoEState, count: int) -> SubMoE:
@@ -94,24 +117,6 @@ def _first_experts(model: MoEState, count: int) -> SubMoE:
     for e in sorted(model.experts):
         by_layer.setdefault(e.layer, []).append(e)
     return frozenset(e for experts in by_layer.values() for e in experts[:count])
-
-
-def _seconds_per_batch(
-    experiment: Experiment, model: MoEState, part: SubMoE, device: torch.device | str
-) -> float:
-    x, y = experiment.data.load(experiment.clients[0].id).train
-    size = experiment.plan.batch_size
-    sample = Examples(x[: size * SAMPLE_STEPS], y[: size * SAMPLE_STEPS])
-    net = build_part(experiment.factory, part)
-    load_state(net, model.only(part))
-    net.to(device)
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        train(net, sample, experiment.plan, torch_generator(0), torch.device(device))
-        times.append(time.perf_counter() - started)
-    epochs = sum(p.epochs for p in experiment.plan.phases)
-    return sorted(times)[1] / max(1, -(-len(sample.y) // size)) / epochs
 
 
 def _bytes(state: MoEState) -> int:

@@ -42,6 +42,7 @@ class Setting:
     rounds: int | None = None  # None: as many as the experiment has when nobody asks
     arguments: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""  # the protocol in rows and folders; empty: the target
+    methods: tuple[str, ...] = ()  # these alone; empty: all that the experiment has
 
     @property
     def protocol(self) -> str:
@@ -119,6 +120,8 @@ def _jobs_of(setting: Setting, seed: int, root: Path) -> Iterator[Job]:
     rounds = setting.rounds or default_rounds(setting.target)
     make = find_experiment(setting.target)
     for method, experiment in make(seed=seed, rounds=rounds, **setting.arguments).items():
+        if setting.methods and method not in setting.methods:
+            continue
         spec = Spec(setting.target, method, seed, rounds, setting.arguments)
         yield _job(setting.protocol, spec, experiment, root)
 
@@ -149,6 +152,7 @@ def run_sweep(
     every_s: float = 15.0,
     say: Say = print,
     after: Callable[[Sequence[Row]], None] = lambda rows: None,
+    published: Sequence[Row] = (),
 ) -> dict[Path, str]:
     """Run what is not done, `workers` at a time, and keep its rows in the file `results`.
 
@@ -161,6 +165,7 @@ def run_sweep(
         trust: take runs and rows of other settings as today's, as far as their logs agree: for
             settings that were renamed or moved, and change nothing.
         after: called with all rows of the file whenever some are new.
+        published: figures from elsewhere that stand in the file too; others of their protocols go.
 
     Returns:
         Why each run that is asked for is not done, by its folder.
@@ -189,7 +194,7 @@ def run_sweep(
 
     def keep(new: Mapping[Key, Row], dropped: Iterable[Key] = ()) -> None:
         with _held(results.parent):
-            after(_merge(results, plan, new, set(dropped), say))
+            after(_merge(results, plan, new, set(dropped), say, published))
 
     keep(rows, stale - rows.keys())
     todo = [j for j in asked if j.key not in rows and j.folder not in undone]
@@ -323,7 +328,12 @@ def _known_rows(
 
 
 def _merge(
-    path: Path, plan: Plan, new: Mapping[Key, Row], dropped: set[Key], say: Say
+    path: Path,
+    plan: Plan,
+    new: Mapping[Key, Row],
+    dropped: set[Key],
+    say: Say,
+    published: Sequence[Row],
 ) -> list[Row]:
     """Write the rows that are valid today, those of other processes too; returns them."""
     today = {job.key: job for job in plan.jobs}
@@ -336,12 +346,13 @@ def _merge(
         return (key[0], key[2]) not in planned or (key in today and today[key].would_give(row))
 
     found = read_rows(path)
-    published = [row for row in found if row.get("published")]
+    told = {row["protocol"] for row in published}
+    elsewhere = [r for r in found if r.get("published") and r["protocol"] not in told]
     old = {key_of(row): row for row in found if not row.get("published")}
     kept = {key: row for key, row in old.items() if valid(row, key)}
     if gone := [f"{p} {m} seed {s}" for p, m, s in old if (p, m, s) not in kept.keys() | new]:
         say(f"dropped from {path.name}, made under other settings: {', '.join(gone)}")
-    rows = [*published, *_in_order(kept | dict(new), plan)]
+    rows = [*elsewhere, *published, *_in_order(kept | dict(new), plan)]
     write_rows(path, rows)
     return rows
 

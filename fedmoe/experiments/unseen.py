@@ -343,7 +343,8 @@ def expert_cnn(seed: int) -> StemAndHead:
 def _anchors(setup: Setup, anchoring: Anchoring) -> Anchors:
     ids = [c.id for c in setup.data.clients]
     if anchoring == "labels":
-        labels = {c: frozenset(map(int, setup.data.groups[c].split("+"))) for c in ids}
+        told = {c: setup.data.groups.get(c, "").split("+") for c in ids}
+        labels = {c: frozenset(int(label) for label in own if label) for c, own in told.items()}
         return by_labels(labels, setup.experts)
     if anchoring == "means":
         encoder = encoder_of(setup.common).eval()

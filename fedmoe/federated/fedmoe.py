@@ -22,6 +22,7 @@ How ours differs, and why, is measured in simulations/LOG.md:
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from fedmoe.federated.average import (
     by_examples,
     by_tokens,
 )
+from fedmoe.federated.fedavg import random_choice
 from fedmoe.federated.select import (
     expert_bytes_of,
     experts_that_fit,
@@ -105,7 +107,9 @@ class FedMoE:
     """The strategy. Fields say what the paper leaves open ("paper: silent") and our default.
 
     Attributes:
-        explore_rounds: length of stage one. Paper: a few, e.g. 5, local epochs without exchange.
+        explore_rounds: length of stage one. Paper: a few, e.g. 5, local epochs without exchange. With
+            0 there is none: first sub-MoEs are drawn (`fedavg.random_choice`), and since nobody
+            has scouted there is no kinship either.
         explore_trains: clients that can hold the full model train it while exploring (paper:
             yes, LoRA); the others scout. Default: everybody scouts.
         measure: what p is, `mass` or `frequency` (paper).
@@ -123,6 +127,7 @@ class FedMoE:
         patience: rounds without a better validation score before advice is taken; None: never.
             Paper: "several" in the text, 1 in the algorithm.
         min_delta: what counts as better, share right. Paper: silent.
+        adjusts: what advice may do, "both", "add" or "drop". Paper: both.
         neighbours: K of Eq. 5. Paper: silent.
         same_task_only: take advice from clients of the same task alone. Paper: from all.
         weigh: of an expert in the average: tokens (ours) or examples (paper, as we read it).
@@ -146,6 +151,7 @@ class FedMoE:
     min_experts: int = 1
     patience: int | None = 3
     min_delta: float = 0.0
+    adjusts: Literal["both", "add", "drop"] = "both"
     neighbours: int = 3
     same_task_only: bool = False
     weigh: Weigh = by_tokens
@@ -155,8 +161,10 @@ class FedMoE:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.explore_rounds < 1:
-            raise ValueError(f"explore_rounds must be at least 1, got {self.explore_rounds}")
+        if self.explore_rounds < 0:
+            raise ValueError(f"explore_rounds must be 0 or more, got {self.explore_rounds}")
+        if self.adjusts not in ("both", "add", "drop"):
+            raise ValueError(f'adjusts must be "both", "add" or "drop", got {self.adjusts!r}')
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha must be above 0 and at most 1, got {self.alpha}")
         if self.patience is not None and self.patience < 1:
@@ -185,7 +193,11 @@ class FedMoE:
         for c in clients:
             if c.memory_bytes is not None:
                 self._check_memory(model, c)
-        return FedMoEState(0, model, {c.id: c for c in clients}, {}, {}, {}, {}, {})
+        first: Mapping[int, SubMoE] = {}
+        if not self.explore_rounds:
+            limited = [replace(c, memory_bytes=self._first_limit(model, c)) for c in clients]
+            first = random_choice(model, limited, self.seed)
+        return FedMoEState(0, model, {c.id: c for c in clients}, {}, {}, {}, first, {})
 
     def assign(
         self, state: FedMoEState, clients: Sequence[ClientInfo]
@@ -286,11 +298,10 @@ class FedMoE:
         sub_moes, changes = dict(state.sub_moes), list(state.changes)
         sizes, shared = expert_bytes_of(state.model), parameter_bytes(state.model.shared)
         for k in waiting:
-            limit = state.clients[k].memory_bytes
             sub_moes[k], _ = largest_coverage(
                 p_KLE[known.index(k)],
                 sizes,
-                None if limit is None else max(self._least(state.model), int(self.alpha * limit)),
+                self._first_limit(state.model, state.clients[k]),
                 shared_bytes=shared,
                 min_experts=self.min_experts,
                 theta_cap=self.theta_cap,
@@ -411,6 +422,8 @@ class FedMoE:
             sum(len(state.sub_moes[known[i]]) for i in near) / len(near) - len(held)
         )
         advised_LE = told_LE
+        if self.adjusts == ("drop" if n > 0 else "add"):
+            return held
         if n > 0:
             absent = sorted(
                 set(state.model.experts) - held,
@@ -438,6 +451,11 @@ class FedMoE:
 
     def _layer_count(self, sub_moe: Iterable[ExpertId], layer: int) -> int:
         return sum(e.layer == layer for e in sub_moe)
+
+    def _first_limit(self, model: MoEState, client: ClientInfo) -> int | None:
+        """Memory that the first choice may fill."""
+        limit = client.memory_bytes
+        return None if limit is None else max(self._least(model), int(self.alpha * limit))
 
     def _least(self, model: MoEState) -> int:
         """Bytes of the shared part and the `min_experts` largest experts of each layer."""

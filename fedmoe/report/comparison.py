@@ -1,9 +1,8 @@
 """Methods compared on each protocol, from rows of results alone: the table, what it takes to reach
 a common target, and paired differences.
 
-The target of a protocol is a share of the best method's accuracy at the end; controls and methods of
-another size set none.
-Accuracies are the chosen ones, shares from 0 to 1, unless said otherwise.
+The target of a protocol is a share of the best method's accuracy at the end; controls, and methods
+of another size, set none. Accuracies are the chosen ones, shares from 0 to 1, unless said otherwise.
 """
 
 from __future__ import annotations

@@ -168,7 +168,10 @@ def _unmeasured(rows: Sequence[Row]) -> list[Note]:
 def _copied(rows: Sequence[Row]) -> list[Note]:
     if not any(r.get("published") for r in rows):
         return []
-    return [Note("Rows marked † are published figures from another set-up.", refuses=False)]
+    text = "Rows marked † are published figures from another set-up"
+    sources = dict.fromkeys(str(r["source"]) for r in rows if r.get("published") and "source" in r)
+    told = f": {'; '.join(sources)}." if sources else "."
+    return [Note(text + told, refuses=False)]
 
 
 def _controls(rows: Sequence[Row]) -> list[Note]:

@@ -7,6 +7,7 @@ The keys of `result_row`, and:
     KIND_by_client          {"0": 0.8125, ...} at the end, for chosen, received and trained
     curve                   [{"round", "bytes", "received", "trained", "chosen"}, ...]: at each
                             evaluation the traffic so far and the means over clients
+    validation_mean         over clients, at the end, of the better model's validation accuracy
     model_parameters        of the full model
     failed_clients          [ids of the clients that failed at least once]
     versions                {"fedmoe": "0.1.0", "torch": ...}
@@ -51,6 +52,7 @@ def full_row(run: Run, protocol: str) -> Row:
         | {kind: _mean(getattr(e, kind)) for kind in KINDS}
         for e in evaluations(run)
     ]
+    row["validation_mean"] = _mean(final.chosen_validation) if final else None
     row["model_parameters"] = run.info.model_parameters
     row["failed_clients"] = sorted({f.client for r in run.rounds for f in r.failed})
     row["versions"] = dict(run.info.versions)

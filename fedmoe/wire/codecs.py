@@ -26,6 +26,7 @@ BLOCK_LIMIT = CHUNK
 LEVELS_LIMIT = 127
 FURTHEST = 2**16 - 1  # gap between numbers that are kept
 TINIEST = 2.0**-126  # of numbers that are kept
+MUST_BE_FINITE = "numbers must be finite to be encoded, and some are NaN or infinite"
 
 _ENTROPY = zstandard.ZstdCompressionParameters(
     window_log=18,
@@ -72,8 +73,8 @@ class Int8:
 
     Rounded to the nearest step, off by at most 0.51 steps, and what was decoded is encoded to the
     same bytes again. With a generator rounded up or down by chance, off by less than a step, and
-    right on average; zero stays zero either way. Steps are at most 0.8 % wider than
-    said, and never below 2**-126.
+    right on average; zero stays zero either way. Steps are at most 0.8 % wider than said, and
+    never below 2**-126.
 
     Chance comes from up to 135,168 uniform numbers, drawn for each tensor and taken from a random
     place on for every chunk of 131,072: each number's rounding is uniform, so its mean is right,
@@ -213,8 +214,8 @@ def _quantise(
             noise_RB = noise[place : place + size].view_as(x_RB)
             torch.addcmul(noise_RB, x_RB, scale_R[rows].reciprocal()[:, None], out=y_RB)
             q_N[part].view_as(y_RB).copy_(y_RB)  # cuts off what is behind the point
-    if not bool(largest_R.isfinite().all()):
-        raise ValueError("numbers must be finite to be encoded, and some are NaN or infinite")
+    if not bool((largest_R + scale_R).isfinite().all()):
+        raise ValueError(f"{MUST_BE_FINITE}, or too large")
     return scale_R
 
 
@@ -305,7 +306,7 @@ def _largest(x_N: Tensor, share: float) -> np.ndarray:
         most.append(size.amax())
         places.append(np.flatnonzero(size.numpy() >= least) + start)
     if not bool(torch.stack(most).isfinite().all()):
-        raise ValueError("numbers must be finite to be encoded, and some are NaN or infinite")
+        raise ValueError(MUST_BE_FINITE)
     return np.concatenate(places)
 
 

@@ -231,7 +231,6 @@ def pack_update(
     *,
     generator: torch.Generator | None = None,
     feedback: MoEState | None = None,
-    held: Collection[bytes] = (),
     cache: ExpertCache | None = None,
 ) -> tuple[Parcel, MoEState | None]:
     """One message up, coded as the server asked for, and what its codec left out.
@@ -285,7 +284,7 @@ def pack_update(
         sealed, _ = seal(update.extra, Raw(), base=received.assignment.extra)
         _add(manifest, "extra", sealed)
         travelling["extra"] = sealed.raws
-    content.held.extend(list(held if cache is None else cache.held())[:HELD_LIMIT])
+    content.held.extend(() if cache is None else cache.held()[:HELD_LIMIT])
     left_out = MoEState(left_shared, left_experts)
     return closed(manifest, travelling), left_out if left_shared or left_experts else None
 

@@ -47,7 +47,7 @@ def keys(*arguments: object) -> Result:
         ((), "name what to serve with --experiment"),
         (("--experiment", "nonsense"), "no experiment is called 'nonsense'"),
         (("--experiment", "lab:tiny", "--method", "x"), "has no method 'x'"),
-        (("--experiment", "lab:tiny", "--clients", 5), "from 1 to the 4 clients of lab:tiny"),
+        (("--experiment", "lab:tiny", "--clients", 5), "from 1 to the 4 of tiny, got 5"),
         (("--experiment", "lab:tiny"), "ca.crt is missing: `fedmoe keys"),
         (("--experiment", "lab:tiny", "--insecure", "--keys", "k"), "either --keys or --insecure"),
         (

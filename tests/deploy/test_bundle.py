@@ -25,6 +25,7 @@ def bundle(tmp_path):
     return tmp_path / "bundle"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_flower_takes_it_and_packs_three_files_and_its_settings(bundle):
     load_and_validate(bundle / "pyproject.toml", check_module=False)
     packed = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(bundle)))

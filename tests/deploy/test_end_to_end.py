@@ -70,8 +70,12 @@ def test_three_clients_with_tls_and_keys_give_the_bits_of_one_process(site: Site
     assert len(rounds) == ROUNDS + 1
     assert all(not r["failed"] and not r["refused"] for r in rounds)
 
+    # The clients stay for the next run. One that fails is told by its reason and the exit code.
+    failing = site.begin("broken", "--json")
+    assert site.ended(failing) == 1
+    assert "the run failed: ServerApp failed with exception: the aggregate fell over" in site.said()
     for client in clients:
-        assert client.poll() is None  # they wait for the next run
+        assert client.poll() is None
         client.send_signal(signal.SIGTERM)
     assert [site.ended(c) for c in clients] == [143] * CLIENTS
     assert site.left() == []

@@ -16,15 +16,13 @@ def test_a_run_whose_server_and_clients_are_killed_ends_with_the_same_bits(site:
     (tmp_path / "alone").mkdir()
     alone = in_process(tmp_path / "alone", METHOD)
     clients = [site.client(i, hold="work:1:1" if i == 1 else "") for i in range(CLIENTS)]
-    server = site.begin(METHOD, hold="created")
-    site.kill_held(server, "created")  # before the first round
-    server = site.resume()
-    site.kill_held(clients[1], "work:1:1")  # a client, once its work of round 1 is done
-    clients[1] = site.client(1)
-    server.kill()  # a server that waits for an answer
+    server = site.begin(METHOD)
+    site.kill_held(clients[1], "work:1:1")  # a client whose work of round 1 is done, not sent
+    server.kill()  # a server that waits for that answer
     server.wait()
+    clients[1] = site.client(1)
     server = site.resume(hold="log:1")
-    site.kill_held(server, "log:1")  # after a round is logged, before its checkpoint
+    site.kill_held(server, "log:1")  # when a round is logged, and its checkpoint not yet there
     clients[2].kill()
     clients[2].wait()
     clients[2] = site.client(2, hold="upload")

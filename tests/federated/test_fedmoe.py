@@ -6,6 +6,7 @@ import torch
 
 from fedmoe.checkpoint import content_hash
 from fedmoe.federated.average import by_examples
+from fedmoe.federated.fedavg import random_choice
 from fedmoe.federated.fedmoe import FedMoE, FedMoEState, Progress, as_published, frequency, mass
 from fedmoe.federated.select import expert_bytes_of, memory_for
 from fedmoe.state import ROW, parameter_bytes, split_state, state_hash
@@ -75,6 +76,23 @@ def test_exploring_comes_first_and_then_training():
         state = strategy.aggregate(state, [scouted(0, [1, 2, 3, 0])])
     assert phases == ["explore", "explore", "train", "train"]
     assert jobs == [Job.SCOUT, Job.SCOUT, Job.TRAIN, Job.TRAIN]
+
+
+def test_without_exploring_everybody_trains_experts_that_were_drawn():
+    clients = [ClientInfo(k, bytes_for(1 + k)) for k in range(3)] + [ClientInfo(3)]
+    strategy = replace(PLAIN, explore_rounds=0, kinship=1.0, seed=7)
+    state = strategy.init(MODEL, clients)
+    assert state.sub_moes == random_choice(MODEL, clients, 7)
+    assert [len(state.sub_moes[k]) for k in range(4)] == [1, 2, 3, 4]
+    assert strategy.phase(state) == "train"
+    assignments = strategy.assign(state, clients)
+    assert {k: a.sub_moe for k, a in assignments.items()} == state.sub_moes
+    assert {a.job for a in assignments.values()} == {Job.TRAIN}
+    after = strategy.aggregate(state, [scored(k, state.sub_moes[k], 0.5) for k in range(4)])
+    assert after.sub_moes == state.sub_moes and after.kin == {}
+    # The first choice leaves the reserve free: half of the room for 3 experts holds 1.
+    few = replace(strategy, alpha=0.5).init(MODEL, [ClientInfo(0, bytes_for(3))])
+    assert len(few.sub_moes[0]) == 1
 
 
 def test_a_scout_of_one_moe_layer_gets_no_expert_but_every_row():
@@ -314,6 +332,18 @@ def test_advice_to_add_and_to_drop_worked_by_hand(held, others, wanted):
     assert TWO.adjusted(state_of(sub_moes, P), 0) == chosen(*wanted)
 
 
+@pytest.mark.parametrize(
+    "adjusts, more, fewer",
+    [("both", [0, 1], [0, 1]), ("add", [0, 1], None), ("drop", None, [0, 1])],
+)
+def test_advice_may_be_to_add_alone_or_to_drop_alone(adjusts, more, fewer):
+    strategy = replace(TWO, adjusts=adjusts)
+    for held, wanted in (([0], more), ([0, 1, 2, 3], fewer)):
+        sub_moes = {0: chosen(*held), 1: chosen(0, 1), 2: chosen(1, 2)}
+        adjusted = strategy.adjusted(state_of(sub_moes, P), 0)
+        assert adjusted == chosen(*(held if wanted is None else wanted))
+
+
 def test_only_the_nearest_are_asked():
     sub_moes = {0: chosen(0), 1: chosen(0, 1), 2: chosen(0, 1, 2, 3)}
     one = replace(PLAIN, neighbours=1)
@@ -532,7 +562,8 @@ def test_more_experts_than_a_layer_has_are_refused_before_the_first_round():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"explore_rounds": 0}, "explore_rounds must be at least 1, got 0"),
+        ({"explore_rounds": -1}, "explore_rounds must be 0 or more, got -1"),
+        ({"adjusts": "never"}, 'adjusts must be "both", "add" or "drop", got \'never\''),
         ({"alpha": 0.0}, "alpha must be above 0 and at most 1, got 0.0"),
         ({"alpha": 1.1}, "alpha must be above 0"),
         ({"patience": 0}, "patience must be at least 1 round or None, got 0"),

@@ -16,6 +16,7 @@ from fedmoe.report.log import ClientAccuracy, ClientEntry, RoundRecord, Run, Run
 from fedmoe.report.rows import read_rows
 from simulations import table_fashion, table_personal
 from simulations.ablate_choice import shared_experts
+from simulations.published import LEADERBOARD, leaderboard_rows
 from simulations.tables import TABLES, Table, carry_out, options_of, settings_of
 from simulations.tune_fashion import validation_accuracy
 from tests.tiny import experiment
@@ -119,7 +120,8 @@ def test_a_folder_of_another_version_or_an_unknown_method_stops_a_table_at_once(
 @pytest.mark.parametrize("module", [table_fashion, table_personal])
 def test_every_table_has_its_protocols_seeds_and_file(module):
     options = options_of(module.TABLE, None).parse_args([])
-    assert options.protocols == list(module.PROTOCOLS) and options.seeds == [0, 1, 2]
+    assert options.protocols[: len(module.PROTOCOLS)] == list(module.PROTOCOLS)
+    assert options.seeds == [0, 1, 2]
     assert module.TABLE.name in TABLES and set(module.PROTOCOLS) >= {"domains"}
 
 
@@ -154,3 +156,37 @@ def test_no_more_clients_a_round_than_the_quick_table_has():
     whole = experiment(schedule=Schedule(2, clients_per_round=4), clients=experiment().clients[:3])
     quick = table_personal._made_small(whole)
     assert quick.schedule.clients_per_round == 3
+
+
+def test_a_setting_may_have_methods_of_its_own(tiny_target, tmp_path):
+    one = Setting("tiny:tiny", 1, methods=("local", "of another protocol"))
+    plan = sweep.plan_sweep([one, Setting("tiny:tiny", 1, label="all")], [0], tmp_path)
+    assert [j.spec.method for j in plan.jobs] == ["local", "fedmoe", "fedavg", "local"]
+    assert table_personal.quickened(one).methods == one.methods
+
+
+def test_published_figures_stand_in_the_file_and_in_the_table_and_are_not_judged(
+    tiny_target, tmp_path, monkeypatch
+):
+    finished_runs(monkeypatch)
+    rows = leaderboard_rows({"dirichlet": "tiny"})
+    table = Table("tiny", "Tiny", (Setting("tiny:tiny", 1, label="tiny"),), published=tuple(rows))
+    options = options_of(table, None).parse_args(["--runs", str(tmp_path / "runs")])
+    for _ in range(2):  # they stand there once
+        assert carry_out(table, table.settings, options, tmp_path) == 0
+        kept = [r for r in read_rows(tmp_path / "tiny.json") if r.get("published")]
+        assert kept == rows
+    text = (tmp_path / "tiny.md").read_text()
+    assert "| FedPer (2000 rounds)† | 1 | - |" in text and " 97.4 |" in text
+    assert "PFLlib's leaderboard" in text and "**fedmoe" not in text
+
+
+def test_the_published_rows_are_those_of_the_leaderboard():
+    rows = leaderboard_rows({"pathological": "a", "dirichlet": "b"})
+    assert len(rows) == 2 * len(LEADERBOARD)
+    figures = {(r["protocol"], r["method"]): r["personal_weighted_mean"] for r in rows}
+    assert figures["a", "FedAvg (2000 rounds)"] == 0.8041
+    assert figures["b", "Ditto (2000 rounds)"] == 0.9747
+    assert all(r["published"] and r["source"] and r["rounds"] == 2000 for r in rows)
+    told = {r["protocol"] for r in table_personal.TABLE.published}
+    assert told <= {s.protocol for s in table_personal.TABLE.settings}

@@ -186,6 +186,12 @@ def test_a_nan_of_any_bits_is_refused():
         Int8().encode(bits.view(torch.float32), seeded())
 
 
+def test_what_has_no_step_that_float32_can_hold_is_refused():
+    largest = torch.full((100,), torch.finfo(torch.float32).max)
+    with pytest.raises(ValueError, match="or too large"):
+        Int8(levels=1).encode(largest, seeded())
+
+
 def test_what_is_sent_is_smaller_by_what_is_promised():
     x = torch.randn(2**16, generator=seeded()) * 0.01
     size = {c: len(c.encode(x, seeded()).raw) / (4 * x.numel()) for c in (EXACT, *WITH_ERROR)}

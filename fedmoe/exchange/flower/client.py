@@ -201,7 +201,7 @@ def _work(asked: Parcel, terms: Terms, client: Client, experiment: Experiment) -
         received,
         generator=coding_generator(experiment.schedule.seed, round, client.id),
         feedback=owed.load(client.id, round) if remembers else None,
-        held=() if cache is None else cache.held(),
+        cache=cache,
     )
     if remembers and left is not None:
         owed.save(client.id, round, left)

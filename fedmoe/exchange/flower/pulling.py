@@ -12,6 +12,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 PATIENCE_S = 5.0  # with a pull, before others go on beside it
+BESIDE = 2  # slow pulls at most, each with what it has of a reply in memory; others then wait
 
 
 @dataclass(eq=False)
@@ -54,7 +55,9 @@ class Puller:
         return frozenset(i for pull in self.slow for i in pull.ids)
 
     def pull(self, ids: Sequence[str]) -> list[Message]:
-        """What has come of these; nothing yet where that is slow."""
+        """What has come of these; nothing yet where that is slow, or too many others are."""
+        if len(self.slow) >= BESIDE:
+            return []
         pull = _Pull(self.grid, ids)
         pull.begin()
         if pull.done.wait(self.patience_s):

@@ -52,14 +52,17 @@ def _record(group: str, parts: Parts, made: Made | None) -> ArrayRecord:
     return record
 
 
-def post_of(content: RecordDict) -> Post:
+def post_of(content: RecordDict, *, empty: bool = False) -> Post:
     """What `content_of` was given.
+
+    Args:
+        empty: take the groups out of the content, so that no values are there twice.
 
     Raises:
         PostError: the content is anything else.
     """
-    about = content.config_records.get(ABOUT)
-    if about is None:
+    about = content.get(ABOUT)
+    if not isinstance(about, ConfigRecord):
         raise PostError(f"a message must hold a record {ABOUT!r}, got {sorted(content)[:9]}")
     kind, text, manifest, groups = (about.get(n) for n in ("kind", "text", "manifest", "groups"))
     if not isinstance(kind, str) or kind not in KINDS:
@@ -77,9 +80,9 @@ def post_of(content: RecordDict) -> Post:
         )
     found: dict[str, Mapping[str, bytes]] = {}
     for group, sizes in table.items():
-        record = content.array_records.get(group)
-        array = None if record is None else record.get(VALUES)
-        if record is None or array is None or len(record) != 1 or array.stype != STYPE:
+        record = content.pop(group) if empty else content[group]
+        array = record.get(VALUES) if isinstance(record, ArrayRecord) else None
+        if array is None or len(record) != 1 or array.stype != STYPE:
             raise PostError(f"group {group!r} must be one array of bytes called {VALUES!r}")
         if len(array.data) != sum(sizes.values()):
             raise PostError(

@@ -302,7 +302,7 @@ class _Round:
                 "was asked",
             )
         try:
-            return self._read(sent, post_of(message.content))
+            return self._read(sent, post_of(message.content, empty=True))
         except StaleError as why:
             return self._refused(sent, f"stale: {why}")
         except (ParcelError, PostError) as why:

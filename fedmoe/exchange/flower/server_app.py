@@ -19,7 +19,7 @@ from fedmoe.experiments.table import make_experiment
 from fedmoe.report.log import RoundRecord
 from fedmoe.types import Exchange
 
-LOUD = {"refused", "failed", "retried", "left", "waiting"}
+LOUD = {"hello", "refused", "failed", "retried", "left", "waiting"}
 
 
 def lead(grid: Grid, flower_run: int, settings: Settings, on_event: OnEvent = ignore) -> str:
@@ -92,11 +92,12 @@ def _named(spec: Spec) -> tuple[str, str, int]:
 
 
 def _say(event: Event) -> None:
+    if event.kind not in LOUD:
+        return
+    about = (("round", event.round), ("client", event.client), ("node", event.node))
+    words = [f"{name} {number}" for name, number in about if number is not None]
     level = WARNING if event.kind in ("refused", "failed") else INFO
-    if event.kind in LOUD or event.kind == "hello":
-        where = "" if event.round is None else f" round {event.round}"
-        who = f" client {event.client}" if event.client is not None else f" node {event.node}"
-        log(level, "fedmoe: %s%s%s %s", event.kind, where, who, event.text)
+    log(level, "fedmoe: %s", " ".join([event.kind, *words, event.text]).rstrip())
 
 
 def _round_done(record: RoundRecord) -> None:

@@ -1,6 +1,6 @@
 """A grid in memory: nodes that answer at once, late, twice or not at all, as a test wants it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,13 +130,8 @@ def worker(client: Client) -> Handle:
     return lambda message: said(message, answer(post_of(message.content), client))
 
 
-def after_hello(client: Client, handle: Handle) -> Handle:
-    """A node that says hello as `client` does, and then does this with work."""
-    return lambda m: worker(client)(m) if asks_hello(m) else handle(m)
-
-
-def spec_of(method: str, **arguments: object) -> Spec:
-    return Spec(TARGET, method, 0, 2, arguments)
+def spec_of(method: str) -> Spec:
+    return Spec(TARGET, method, 0, 2)
 
 
 def terms_of(spec: Spec, run: str = "abc.1") -> Terms:
@@ -155,12 +150,13 @@ def terms_of(spec: Spec, run: str = "abc.1") -> Terms:
 
 
 class World:
-    """Four clients at nodes 100 to 103, a server, and what was told of them."""
+    """Clients at nodes 100, 101 ..., four but for guests, a server, and what was told of them."""
 
-    def __init__(self, folder: Path, method: str = "fedavg", **arguments: object) -> None:
-        self.spec = spec_of(method, **arguments)
+    def __init__(self, folder: Path, method: str = "fedavg") -> None:
+        self.spec = spec_of(method)
         self.experiment = make_experiment(self.spec)
-        self.clients = {c: Client(c, folder / f"client-{c}") for c in range(4)}
+        everybody = (*self.experiment.clients, *self.experiment.unseen)
+        self.clients = {c.id: Client(c.id, folder / f"client-{c.id}") for c in everybody}
         self.grid = FakeGrid({100 + c: worker(client) for c, client in self.clients.items()})
         self.clock = Clock()
         self.events: list[Event] = []
@@ -191,7 +187,3 @@ class World:
 
     def told(self, kind: str) -> list[tuple[int | None, str]]:
         return [(e.client, e.text) for e in self.events if e.kind == kind]
-
-
-def held_of(world: World) -> Mapping[int, frozenset[bytes]]:
-    return {c: m.held for c, m in world.roster.members.items()}

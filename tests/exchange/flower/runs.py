@@ -14,7 +14,7 @@ from fedmoe.nn.experts.ffn import FFN
 from fedmoe.nn.gates.topk import TopKGate
 from fedmoe.nn.init import seeded
 from fedmoe.nn.moe import MoE
-from tests.tiny import CLASSES, IN, D, experiment
+from tests.tiny import CLASSES, IN, D, experiment, federated_data
 
 TARGET = "tests.exchange.flower.runs:small"
 
@@ -40,12 +40,19 @@ def is_stem(name: str) -> bool:
 
 
 def small(seed: int = 0, rounds: int = 2, lr: float = 0.1) -> Mapping[str, Experiment]:
-    """Four clients: everybody trains everything, or keeps the stem, or explores and selects."""
+    """Four clients: everybody trains everything, or keeps the stem, or explores and selects.
+
+    With "guests" come two who never train; the experts of "wide" are worth a place in a cache.
+    """
     plain = experiment(schedule=Schedule(rounds, seed=seed))
     plain = replace(plain, plan=replace(plain.plan, lr=lr))
+    six = federated_data(6)
     return {
         "fedavg": plain,
         "fedper": replace(plain, method="fedper", plan=fedper(is_stem, plain.plan)),
         "fedmoe": replace(plain, method="fedmoe", strategy=FedMoE()),
+        "guests": replace(
+            plain, method="guests", data=six, clients=six.clients[:4], unseen=six.clients[4:]
+        ),
         "wide": replace(plain, method="wide", factory=partial(wide)),
     }

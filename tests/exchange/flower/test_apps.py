@@ -8,16 +8,16 @@ from flwr.serverapp import ServerApp
 
 import client.app
 import server.app
-from fedmoe.exchange.flower import client_app, server_app
+from fedmoe.exchange.flower import client_app, server_app, worker
 from fedmoe.exchange.flower.client import Client, answer
-from fedmoe.exchange.flower.post import HELLO, PARCEL, WORK, Post
+from fedmoe.exchange.flower.post import PARCEL, WORK, Post
 from fedmoe.exchange.flower.records import content_of, post_of
 from fedmoe.exchange.flower.roster import GatherError
 from fedmoe.exchange.flower.server_app import lead
 from fedmoe.exchange.flower.settings import Settings
 from fedmoe.experiments.run import Spec, run_experiment
 from fedmoe.experiments.table import make_experiment
-from fedmoe.report.log import RunLog
+from fedmoe.report.log import read_run
 from tests.exchange.flower.fake import FakeGrid, World
 from tests.exchange.flower.runs import TARGET
 from tests.exchange.flower.test_worker import serving
@@ -52,6 +52,17 @@ def test_the_apps_of_a_checkout_are_fedmoes():
 # The server's app
 
 
+def test_clients_who_never_train_are_served_at_the_end_as_in_process(tmp_path):
+    world = World(tmp_path, "guests")
+    lead(world.grid, 1, settings_of(tmp_path / "run", "guests"))
+    in_process(tmp_path / "here", "guests")
+    there, here = (read_run(tmp_path / x).rounds[-1].unseen for x in ("run", "here"))
+    assert there.keys() == {4, 5}
+    assert {c: m["served_test"] for c, m in there.items()} == {
+        c: m["served_test"] for c, m in here.items()
+    }
+
+
 @pytest.mark.parametrize("method", ["fedavg", "fedper"])
 def test_the_server_leads_a_run_to_its_end(tmp_path, method):
     world = World(tmp_path, method)
@@ -59,7 +70,7 @@ def test_the_server_leads_a_run_to_its_end(tmp_path, method):
     digest = lead(world.grid, 1, settings_of(folder, method))
     assert digest == in_process(tmp_path / "here", method)
     assert Spec.read(folder) == Spec(TARGET, method, 0, 2)
-    log = RunLog.open(folder)
+    log = read_run(folder)
     assert [r.phase for r in log.rounds] == ["train", "train", "final"]
     lines = (folder / "flower" / "events.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
@@ -91,7 +102,7 @@ def test_a_server_that_was_killed_goes_on_with_the_same_bits(tmp_path, method, k
         lead(world.grid, 1, settings_of(tmp_path / "run", method), kill)
     digest = lead(world.grid, 2, settings_of(tmp_path / "run", method))
     assert digest == in_process(tmp_path / "here", method)
-    assert [r.round for r in RunLog.open(tmp_path / "run").rounds] == [0, 1, 2]
+    assert [r.round for r in read_run(tmp_path / "run").rounds] == [0, 1, 2]
 
 
 def test_a_run_that_is_led_again_has_the_same_key_and_another_run(tmp_path):
@@ -115,10 +126,15 @@ def test_the_server_app_reads_the_run_configuration(tmp_path):
     config = {"experiment": TARGET, "method": "fedavg", "rounds": 2, "folder": str(tmp_path / "r")}
     context = Context(5, 1, {}, RecordDict(), config)
     server_app.app(world.grid, context)
-    assert len(RunLog.open(tmp_path / "r").rounds) == 3
+    assert len(read_run(tmp_path / "r").rounds) == 3
 
 
 # The client's app
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(worker, "POLL_S", 0.02)
 
 
 def message_of(post, kind):
@@ -128,7 +144,7 @@ def message_of(post, kind):
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate", "query", "query.hello"])
-def test_the_client_app_hands_every_kind_of_message_to_the_worker(tmp_path, kind):
+def test_the_client_app_hands_every_kind_of_message_to_the_worker(tmp_path, quick, kind):
     FakeGrid({})
     got = []
 
@@ -166,11 +182,13 @@ def test_flowers_simulation_gives_the_same_bits(tmp_path, monkeypatch):
     from flwr.simulation import run_simulation
 
     monkeypatch.setenv("FEDMOE_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of Ray's actors, for the experiment's module
+    settings = settings_of(tmp_path / "run", "fedper", **{"wait-s": 240})
     app, digests = ServerApp(), []
 
     @app.main()
     def main(grid, context):
-        digests.append(lead(grid, context.run_id, settings_of(tmp_path / "run", "fedper")))
+        digests.append(lead(grid, context.run_id, settings))
 
     run_simulation(
         app,
@@ -178,7 +196,7 @@ def test_flowers_simulation_gives_the_same_bits(tmp_path, monkeypatch):
         num_supernodes=4,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": 2, "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}}},
+            "init_args": {"num_cpus": 2},
         },
     )
     assert digests == [in_process(tmp_path / "here", "fedper")]

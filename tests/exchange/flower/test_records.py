@@ -43,6 +43,12 @@ def test_a_post_is_the_same_after_flower_has_carried_it(post):
     assert same(post_of(through_flower(content_of(post))), post)
 
 
+def test_a_content_may_be_emptied_as_it_is_read():
+    content = content_of(POST)
+    assert same(post_of(content, empty=True), POST)
+    assert list(content) == ["fedmoe"]
+
+
 def test_equal_groups_are_the_same_record_and_others_are_not():
     made = {}
     first = content_of(POST, made)

@@ -6,7 +6,7 @@ import pytest
 
 from fedmoe.exchange.inprocess import in_process
 from fedmoe.experiments.run import run_experiment
-from fedmoe.report.log import RunLog
+from fedmoe.report.log import read_run
 from tests.tiny import client_data, experiment
 
 
@@ -25,7 +25,7 @@ def test_a_server_needs_no_data_of_its_clients(tmp_path, error):
     blind = replace(made, data=replace(made.data, load=load))
     digest = run_experiment(blind, tmp_path / "blind", exchange=elsewhere(made))
     assert digest == run_experiment(made, tmp_path / "here")
-    log, seen = RunLog.open(tmp_path / "blind"), RunLog.open(tmp_path / "here")
+    log, seen = read_run(tmp_path / "blind"), read_run(tmp_path / "here")
     assert [c.num_train for c in log.info.clients] == [12] * 4
     assert [c.num_test for c in log.info.clients] == [0] * 4
     for blind_round, seen_round in zip(log.rounds, seen.rounds, strict=True):
@@ -41,7 +41,7 @@ def test_a_server_that_has_the_data_logs_as_in_process(tmp_path):
     run_experiment(made, tmp_path / "a", exchange=elsewhere(made), on_client=told.append)
     run_experiment(made, tmp_path / "b")
     assert told == [0, 1, 2, 3] * 4
-    first, second = (RunLog.open(tmp_path / x) for x in "ab")
+    first, second = (read_run(tmp_path / x) for x in "ab")
     assert first.info == second.info
     assert [replace(r, seconds=0, memory_bytes={}) for r in first.rounds] == [
         replace(r, seconds=0, memory_bytes={}) for r in second.rounds
@@ -54,5 +54,5 @@ def test_the_bytes_that_really_went_are_logged(tmp_path):
     run_experiment(
         made, tmp_path, exchange=elsewhere(made), traffic=lambda: next(counts)
     )
-    log = RunLog.open(tmp_path)
+    log = read_run(tmp_path)
     assert [(r.bytes_down, r.bytes_up) for r in log.rounds] == [(10, 1), (20, 2), (30, 3), (40, 4)]

@@ -3,16 +3,18 @@ import weakref
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedmoe.exchange.flower.client import answer
-from fedmoe.exchange.flower.post import BROKEN, FAILED, PARCEL, Post
+from fedmoe.exchange.flower.post import BROKEN, FAILED, PARCEL, WORK, Post
 from fedmoe.exchange.flower.records import post_of
 from fedmoe.exchange.flower.server import QuorumError, RoundPolicy
 from fedmoe.experiments.run import run_experiment
 from fedmoe.state import split_state
 from fedmoe.types import Assignment, ClientFailure, ClientUpdate, ExpertId, Job
 from fedmoe.wire.parcel import Hello, pack_failure, pack_hello
-from tests.exchange.flower.fake import World, after_hello, asks_hello, error, said, worker
+from tests.exchange.flower.fake import World, asks_hello, error, said, worker
 
 WHOLE = frozenset(ExpertId(0, e) for e in range(4))
 
@@ -346,6 +348,42 @@ def test_a_message_of_another_kind_is_its_clients_failure(world):
     world.grid.nodes[101] = handle
     reason = of(list(world.exchange()(assignments(world))), 1).reason
     assert reason.startswith("PostError: a message must hold a record 'fedmoe'")
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """A world, and client 1's good answer in it."""
+    world, got = World(tmp_path_factory.mktemp("any")), []
+    world.gather()
+    handle = work_of(world, 1)
+    world.grid.nodes[101] = lambda m: got.append(handle(m)) or got[-1]
+    list(world.exchange()(assignments(world, clients=[1])))
+    return world, post_of(got[-1].content)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_whatever_a_client_answers_the_round_ends_with_an_update_or_a_failure(answered, data):
+    world, good = answered
+    manifest = bytearray(good.manifest)
+    for _ in range(data.draw(st.integers(0, 3))):
+        manifest[data.draw(st.integers(0, len(manifest) - 1))] ^= data.draw(st.integers(0, 255))
+    groups = {
+        g: {n: v[: data.draw(st.sampled_from([len(v), 0, 3]))] for n, v in values.items()}
+        for g, values in good.groups.items()
+        if data.draw(st.integers(0, 3))
+    }
+    post = Post(
+        data.draw(st.sampled_from([PARCEL, PARCEL, PARCEL, FAILED, BROKEN, WORK])),
+        data.draw(st.text(max_size=5)),
+        bytes(manifest[: data.draw(st.sampled_from([len(manifest), len(manifest) // 2]))]),
+        groups,
+    )
+    world.grid.nodes[101] = lambda message: said(message, post)
+    [reply] = world.exchange(policy=RoundPolicy(quorum=0))(assignments(world, clients=[1]))
+    assert reply.client == 1
+    if isinstance(reply, ClientUpdate):
+        assert all(t.isfinite().all() for t in reply.model.shared.values())
 
 
 # Waiting

@@ -36,11 +36,11 @@ def test_a_configuration_says_what_a_run_is_to_be():
     assert Settings.of(config) == Settings(
         Spec("domains", "fedavg", 4, 9, {"train": 50}),
         Path("/srv/run"),
-        3,
-        60.5,
-        RoundPolicy(30.0, 1.0, 1.0, 0),
-        Codecs.of(BF16()),
-        Codecs(Raw(), TopK(0.01)),
+        clients=3,
+        wait_s=60.5,
+        policy=RoundPolicy(30.0, 1.0, 1.0, 0),
+        down=Codecs.of(BF16()),
+        up=Codecs(Raw(), TopK(0.01)),
     )
 
 
