@@ -42,7 +42,10 @@ def other_than(test: NameTest) -> NameTest:
     return lambda name: not test(name)
 
 
-def moe_layers(model: nn.Module) -> list[tuple[str, MoE]]:
+Layers = list[tuple[str, MoE]]  # the path and the layer, by position
+
+
+def moe_layers(model: nn.Module) -> Layers:
     """The MoE layers in the order of `named_modules`; their position is `ExpertId.layer`."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, MoE)]
 

@@ -51,7 +51,13 @@ class Variant:
 
 def strategy(**fields: Any) -> Change:
     """Other fields of the strategy."""
-    return lambda e: replace(e, strategy=replace(e.strategy, **fields))
+    return lambda e: replace(e, strategy=replace(fedmoe_of(e), **fields))
+
+
+def fedmoe_of(e: Experiment) -> FedMoE:
+    """The strategy of an experiment with FedMoE."""
+    assert isinstance(e.strategy, FedMoE)
+    return e.strategy
 
 
 def model(
@@ -67,7 +73,7 @@ def model(
             e,
             factory=factory,
             clients=with_budgets(e.data, split_state(factory()), (share,)),
-            strategy=replace(e.strategy, min_experts=k, theta_cap=theta_cap),
+            strategy=replace(fedmoe_of(e), min_experts=k, theta_cap=theta_cap),
         )
 
     return change
@@ -76,7 +82,7 @@ def model(
 def full_mass(e: Experiment) -> Experiment:
     """The gate's softmax keeps its full denominator, so clients are sent all experts' rows."""
     factory = partial(fashion_cnn, k=fashion.K, seed=e.schedule.seed, gate_mass="full")
-    return replace(e, factory=factory, strategy=replace(e.strategy, all_rows=True))
+    return replace(e, factory=factory, strategy=replace(fedmoe_of(e), all_rows=True))
 
 
 def as_it_is(e: Experiment) -> Experiment:
@@ -180,7 +186,6 @@ def fewer_experts(
 
 
 def _varied(own: Experiment, variants: Mapping[str, Variant]) -> Mapping[str, Experiment]:
-    assert isinstance(own.strategy, FedMoE)
     return {m: replace(v.change(own), method=m) for m, v in variants.items()}
 
 

@@ -51,9 +51,9 @@ ROUNDS, SEEDS = 20, (0, 1, 2)
 NUMBERS = 2**23  # of a tensor whose coding is timed: 32 MiB
 TURNS = 5
 
-# Of experts. On the way up the error is right on average and averaged over clients, so it may be
-# larger there.
-DOWN, UP = Int8(levels=63), Int8(levels=15)
+# Of experts. On the way up the error is right on average, and averaged over clients too, so it may
+# be larger there.
+DOWN, UP = Int8(levels=47), Int8(levels=31)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ CASES = (
     EXACT,
     Case(f"{CACHED} + int8", "fedmoe", Codecs.of(Int8()), Codecs.of(Int8())),
     Case(
-        f"{CACHED} + int8, experts in 63 levels down, 15 up",
+        f"{CACHED} + int8, experts in 47 levels down, 31 up",
         "fedmoe",
         Codecs(Int8(), DOWN),
         Codecs(Int8(), UP),
@@ -86,7 +86,7 @@ CASES = (
         by_default=False,
     ),
     Case(
-        f"{CACHED} + 63 levels down, a tenth of the numbers up",
+        f"{CACHED} + 47 levels down, a tenth of the numbers up",
         "fedmoe",
         Codecs(Int8(), DOWN),
         Codecs(Int8(), TopK(0.1)),

@@ -19,9 +19,20 @@ def test_every_file_of_the_library_has_its_place_in_the_tree():
 def test_every_python_file_that_the_tree_names_exists():
     tree = README.split("## The house")[1].split("```")[1]
     names = re.findall(r"[\w/]+\.py\b", tree)
-    known = {str(p) for folder in ("fedmoe", "simulations") for p in (ROOT / folder).rglob("*.py")}
+    folders = ("fedmoe", "server", "client", "simulations")
+    known = {str(p) for folder in folders for p in (ROOT / folder).rglob("*.py")}
     assert len(names) > 20
     assert [n for n in names if not any(k.endswith(f"/{n}") for k in known)] == []
+
+
+def test_the_lines_for_anybodys_own_flower_apps_are_those_that_a_test_runs():
+    tested = (ROOT / "tests/exchange/flower/test_own_apps.py").read_text(encoding="utf-8")
+    run = {line.strip().replace("tmp_path / ", "") for line in tested.splitlines()}
+    shown = re.findall(r"```py\n(.*?)```", README, flags=re.DOTALL)
+    assert len(shown) == 2
+    lines = [line.strip() for block in shown for line in block.splitlines()]
+    assert [line for line in lines if line not in run] == []
+    assert all(len([line for line in block.splitlines() if line]) <= 15 for block in shown)
 
 
 @pytest.mark.slow

@@ -81,7 +81,8 @@ def plan_command(
 def total(experiment: Experiment, plans: Sequence[ClientPlan]) -> Total:
     """What its clients add up to over a run."""
     schedule = experiment.schedule
-    share = (schedule.clients_per_round or len(plans)) / len(plans)
+    drawn = schedule.clients_per_round or sum(count for _, count in schedule.quotas)
+    share = (drawn or len(plans)) / len(plans)
     down, up = (sum(getattr(p, f"bytes_{way}") for p in plans) for way in ("down", "up"))
     seconds = sum(p.seconds for p in plans)
     return Total(

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -151,6 +152,8 @@ class Client:
             self.voice.say(
                 "insecure", "no TLS, and neither side proves who it is", level="warning"
             )
+        if self.place.socket.parent != self.place.state:
+            self.stack.callback(shutil.rmtree, self.place.socket.parent, ignore_errors=True)
         self.stack.callback(end_all, self.home)
         while True:
             now = time.monotonic()

@@ -19,6 +19,9 @@ from pathlib import Path
 from fedmoe.deploy.address import Address
 
 MARK = "FEDMOE_CHILD_OF"  # a home, in the environment of every process that belongs to it
+# Of glibc: what a server frees, an update at a time, goes back to the system, and is not kept in
+# pieces that fit no other.
+GIVES_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 PATIENCE_S = 5.0  # between asking a process to end and ending it
 POLL_S = 0.05
 TAIL_LINES = 12

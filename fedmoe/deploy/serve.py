@@ -30,6 +30,7 @@ from fedmoe.deploy.follow import Follower, Tail, mean_accuracy
 from fedmoe.deploy.keys import LOCAL, check_server, load_public_key
 from fedmoe.deploy.metrics import serve_metrics
 from fedmoe.deploy.processes import (
+    GIVES_MEMORY_BACK,
     Child,
     alone,
     check_free,
@@ -223,7 +224,8 @@ class Server:
             arguments += ["--enable-supernode-auth"]
         self.home.mkdir(parents=True, exist_ok=True)
         write_connection(self.home, address.near, self.keys.ca if self.keys else None)
-        return daemon("superlink", arguments, environment(self.home), self.home / "superlink.log")
+        env = environment(self.home, GIVES_MEMORY_BACK)
+        return daemon("superlink", arguments, env, self.home / "superlink.log")
 
     def _wait(self, link: Child, control: Control) -> None:
         end = time.monotonic() + START_S

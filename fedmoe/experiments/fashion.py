@@ -106,8 +106,10 @@ def published(
     runs = _on_skewed(data, Schedule(rounds, seed, evaluate_every=10))
     if rate == "tuned":
         return runs
-    as_set = {"lr": 0.005, "lr_decay": 1.0, "clip": None}
-    return {m: replace(e, plan=replace(e.plan, **as_set)) for m, e in runs.items()}
+    return {
+        m: replace(e, plan=replace(e.plan, lr=0.005, lr_decay=1.0, clip=None))
+        for m, e in runs.items()
+    }
 
 
 def dirichlet(seed: int = 0, rounds: int = 20, *, alpha: float, share: float = 0.2) -> Methods:

@@ -107,9 +107,9 @@ class FedMoE:
     """The strategy. Fields say what the paper leaves open ("paper: silent") and our default.
 
     Attributes:
-        explore_rounds: length of stage one. Paper: a few, e.g. 5, local epochs without exchange. With
-            0 there is none: first sub-MoEs are drawn (`fedavg.random_choice`), and since nobody
-            has scouted there is no kinship either.
+        explore_rounds: length of stage one. Paper: a few, e.g. 5, local epochs without exchange.
+            With 0 there is none: first sub-MoEs are drawn (`fedavg.random_choice`), and since
+            nobody has scouted there is no kinship either.
         explore_trains: clients that can hold the full model train it while exploring (paper:
             yes, LoRA); the others scout. Default: everybody scouts.
         measure: what p is, `mass` or `frequency` (paper).

@@ -4,7 +4,7 @@ Shape suffixes: N examples, B examples of a batch, C classes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from fedmoe.data.examples import ClientData, Examples
 from fedmoe.device import autocast
 from fedmoe.nn.losses import load_balance_loss, z_loss
-from fedmoe.nn.moe import MoE
 from fedmoe.profile import open_gates, profile_of, watch_gates
 from fedmoe.rng import torch_generator
 from fedmoe.state import (
+    Layers,
     NameTest,
     build_part,
     everything,
@@ -410,7 +410,7 @@ def train(
         forward: what to call in place of the model itself; it must reach the model's gates.
     """
     # Looked up once: of a small model, walking its modules in each step takes a tenth of the time.
-    layers = [moe for _, moe in moe_layers(model)]
+    layers = moe_layers(model)
     sizes = layer_sizes(model)
     total = ActivationProfile.empty(len(sizes), max(sizes, default=0))
     received = {n: p.detach().clone() for n, p in named_by_role(model)} if plan.proximal else {}
@@ -527,12 +527,12 @@ def _batches(
 
 
 def _routing_losses(
-    layers: Sequence[MoE], routings: Mapping[int, Routing], plan: LocalPlan
+    layers: Layers, routings: Mapping[int, Routing], plan: LocalPlan
 ) -> Tensor | float:
     total: Tensor | float = 0.0
     if not (plan.balance or plan.z):
         return total
-    for layer, moe in enumerate(layers):
+    for layer, (_, moe) in enumerate(layers):
         if layer in routings:
             if plan.balance:
                 balance = load_balance_loss(routings[layer], moe.present_E)
@@ -542,9 +542,9 @@ def _routing_losses(
     return total
 
 
-def _spare_unused_experts(layers: Sequence[MoE], profile: ActivationProfile) -> None:
+def _spare_unused_experts(layers: Layers, profile: ActivationProfile) -> None:
     """Take the gradients (zeros, if any) from experts that saw no token in this step."""
-    for moe, count_E in zip(layers, profile.count_LE.tolist(), strict=True):
+    for (_, moe), count_E in zip(layers, profile.count_LE.tolist(), strict=True):
         for number, expert in moe.experts.items():
             if not count_E[int(number)]:
                 for p in expert.parameters():

@@ -2,7 +2,7 @@
 a common target, and paired differences.
 
 The target of a protocol is a share of the best method's accuracy at the end; controls, and methods
-of another size, set none. Accuracies are the chosen ones, shares from 0 to 1, unless said otherwise.
+of another size, set none. Accuracies are the chosen ones, from 0 to 1, unless said otherwise.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def comparison_markdown(rows: Sequence[Row], reference: str) -> str:
         parts = [f"## {protocol}", facts(own)]
         parts.append(markdown_table(with_target(own, target), COMPARED).rstrip())
         if target is not None:
-            parts.append(target_text(target, own))
+            parts.append(
+                f"{target_text(target, own)} '-' under To target: a seed never got there."
+            )
         ahead = leads(own, reference)
         if any(lead.over_seeds for lead in ahead):  # else the notes say why there is none
             parts.append(leads_table(ahead, reference))
@@ -170,7 +172,7 @@ def target_text(target: Target, rows: Sequence[Row]) -> str:
     return (
         f"Target: {100 * target.accuracy:.1f} %, {100 * target.accuracy / target.best:.0f} % of "
         f"what the best method, {target.best_method}, has at the end ({100 * target.best:.1f} %). "
-        f"Methods were evaluated after {_listed(looked)} rounds; '-': a seed never got there."
+        f"Methods were evaluated after {_listed(looked)} rounds."
     )
 
 

@@ -162,7 +162,8 @@ def _bytes(protocols: Mapping[str, Sequence[Row]], styles: Mapping[str, Style]) 
         how_to_read="Up and to the left is better. Each mark is a method at the end of its runs, "
         "its bar the standard deviation over seeds. Traffic is serialised, both ways, of all "
         "clients together, one-off costs included, on a scale of powers of ten. The dotted line is "
-        "the target. Methods are named that no other one beats with less traffic.",
+        "the target. A method is named where no other one is better with less traffic; the key "
+        "tells the rest.",
         key="methods",
         selectors=(Selector("Protocol", list(protocols)),),
         views=[
@@ -329,7 +330,8 @@ def _course(rows: Sequence[Row], kind: str) -> dict[int, float]:
 
 
 def _ends(rows: Sequence[Row], kind: str) -> str:
-    courses = {m: _course(own, kind) for m, own in _by_method(rows).items()}
+    methods = _by_method([row for row in rows if not row.get("control")])
+    courses = {m: _course(own, kind) for m, own in methods.items()}
     ends = {m: list(points.values())[-1] for m, points in courses.items() if points}
     if not ends:
         return "Nothing was measured."

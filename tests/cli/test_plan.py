@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,17 @@ def test_the_cost_of_a_run_worked_by_hand(tiny):
     assert found.bytes == 3 * (50 + 40 + 60 + 30) + 50 + 60  # 3 rounds and the closing one
     assert found.seconds == 4 * 5.0
     assert (found.memory_bytes, found.over_budget) == (200, 1)
+
+
+def test_of_clients_drawn_by_quotas_only_those_count(tiny):
+    e, one = tiny["fedavg"], ClientPlan(0, None, None, 1, 1, 8, 100, 10, 6, 2.0)
+    plans = [replace(one, client=c) for c in range(4)]
+    some = ((frozenset({0, 1}), 1), (frozenset({2, 3}), 1))
+    by_quota = replace(e, schedule=replace(e.schedule, clients_per_round=None, quotas=some))
+    rounds = e.schedule.rounds
+    # Two clients a round, 10 bytes down and 6 up, and all four once at the end.
+    assert total(by_quota, plans).bytes == rounds * 2 * 16 + 4 * 10
+    assert total(by_quota, plans).seconds == (rounds * 2 + 4) * 2.0
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])

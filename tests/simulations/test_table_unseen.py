@@ -3,21 +3,17 @@
 import json
 from dataclasses import replace
 
-import pytest
-
 from fedmoe.checkpoint import save_checkpoint
 from fedmoe.experiments import unseen
-from fedmoe.experiments.sweep import Plan, Setting, _stamp, plan_sweep
+from fedmoe.experiments.sweep import Plan, Setting, _stamp, finished_row, plan_sweep
 from fedmoe.experiments.table import default_rounds, find_experiment
 from fedmoe.report.log import ClientAccuracy, ClientEntry, RoundRecord, RunInfo, RunLog
-from fedmoe.report.rows import write_rows
 from fedmoe.report.unseen import unseen_markdown
 from fedmoe.state import split_state
-from simulations import table_unseen
 from simulations.table_unseen import EXPERTS, TABLE, write_experts
-from tests.experiments.test_unseen import HELDOUT, small, small_setup
+from tests.experiments.test_unseen import HELDOUT, small
 
-__all__ = ["small"]
+__all__ = ["small"]  # a fixture
 
 
 def test_every_protocol_of_the_table_is_an_experiment():
@@ -69,8 +65,6 @@ def test_experts_are_told_from_the_last_checkpoint_and_kept_for_machines_without
 
 
 def test_the_table_shows_who_leads_on_clients_who_came_later(small, tmp_path):
-    from fedmoe.experiments.sweep import finished_row
-
     rows = []
     for seed in range(3):
         plan = plan_sweep([Setting("heldout-weak", 1)], [seed], tmp_path)
@@ -79,13 +73,6 @@ def test_the_table_shows_who_leads_on_clients_who_came_later(small, tmp_path):
                 e = unseen.heldout()[job.spec.method]
                 finished(job, e, 0.7 if job.spec.method == "fedjets" else 0.5)
                 rows.append(finished_row(job))
-    write_rows(tmp_path / "rows.json", rows)
     text = unseen_markdown(rows, "fedjets")
     assert "| fedavg | **+20.00** |" in text and "| **70.0 ± 0.0** |" in text
     assert "§" not in text  # models of other sizes are what is compared here
-
-
-@pytest.mark.parametrize("name", ["SETTINGS", "TABLE"])
-def test_the_script_has_what_its_command_line_says(name):
-    assert hasattr(table_unseen, name) or name == "SETTINGS"
-    assert small_setup().experts == 5

@@ -135,7 +135,7 @@ from fedmoe.wire.cache import ExpertCache
 from tests.wire.test_cache import SIZE, group
 cache = ExpertCache(Path(sys.argv[1]), limit_bytes=3 * (SIZE + 600))
 groups = [group(seed) for seed in range(8)]
-for turn in range(150):
+for turn in range(60):
     sealed = groups[(turn * int(sys.argv[2])) % 8]
     cache.put(sealed)
     found = cache.get(groups[(turn * 5) % 8].hash)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe.exchange.flower.server import PATIENT, RoundPolicy
+from fedmoe.exchange.flower.policy import PATIENT, RoundPolicy
 from fedmoe.experiments.run import Spec
 from fedmoe.experiments.table import default_rounds
 from fedmoe.wire.codecs import BF16, Codec, Int8, Raw, TopK

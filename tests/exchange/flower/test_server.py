@@ -7,12 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmoe.exchange.flower.client import answer
+from fedmoe.exchange.flower.policy import QuorumError, RoundPolicy
 from fedmoe.exchange.flower.post import BROKEN, FAILED, PARCEL, WORK, Post
 from fedmoe.exchange.flower.records import post_of
-from fedmoe.exchange.flower.server import QuorumError, RoundPolicy
+from fedmoe.exchange.inprocess import in_process
+from fedmoe.exchange.parcels import through_parcels
+from fedmoe.exchange.personal import PersonalStore
 from fedmoe.experiments.run import run_experiment
 from fedmoe.state import split_state
 from fedmoe.types import Assignment, ClientFailure, ClientUpdate, ExpertId, Job
+from fedmoe.wire.codecs import BF16, Int8, TopK
+from fedmoe.wire.packing import Codecs
 from fedmoe.wire.parcel import Hello, pack_failure, pack_hello
 from tests.exchange.flower.fake import World, asks_hello, error, said, worker
 
@@ -56,6 +61,23 @@ def test_a_run_gives_the_same_bits_as_in_process(tmp_path, method):
     )
     assert there == run_experiment(world.experiment, tmp_path / "here")
     assert not world.told("refused") and not world.told("failed") and not world.told("retried")
+
+
+@pytest.mark.parametrize("up", [BF16(), Int8(), TopK(0.2)])
+def test_codecs_with_an_error_give_the_same_bits_as_in_one_process(tmp_path, up):
+    world = World(tmp_path, "wide")
+    world.gather()
+    made, codecs = world.experiment, {"down": Codecs.of(BF16()), "up": Codecs.of(up)}
+    there = run_experiment(made, tmp_path / "there", exchange=lambda _: world.exchange(**codecs))
+    parcels = through_parcels(
+        in_process(made.factory, made.data.load, made.plan, made.schedule.seed),
+        run="any",
+        seed=made.schedule.seed,
+        feedback=PersonalStore(tmp_path / "owed"),
+        **codecs,
+    )
+    assert there == run_experiment(made, tmp_path / "here", exchange=lambda _: parcels)
+    assert not world.told("failed") and not world.told("refused")
 
 
 def test_the_order_of_replies_does_not_matter(tmp_path, world):
@@ -356,9 +378,9 @@ def answered(tmp_path_factory):
     world, got = World(tmp_path_factory.mktemp("any")), []
     world.gather()
     handle = work_of(world, 1)
-    world.grid.nodes[101] = lambda m: got.append(handle(m)) or got[-1]
+    world.grid.nodes[101] = lambda m: got.append(post_of(handle(m).content)) or said(m, got[-1])
     list(world.exchange()(assignments(world, clients=[1])))
-    return world, post_of(got[-1].content)
+    return world, got[-1]
 
 
 @settings(max_examples=300)

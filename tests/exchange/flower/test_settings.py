@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.exchange.flower.server import RoundPolicy
+from fedmoe.exchange.flower.policy import RoundPolicy
 from fedmoe.exchange.flower.settings import Settings, codecs_named
 from fedmoe.experiments.run import Spec
 from fedmoe.wire.codecs import BF16, Int8, Raw, TopK
