@@ -35,7 +35,7 @@ ROOT := $(filter 0,$(shell id -u))
 APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 
 .DEFAULT_GOAL := help
-.PHONY: help venv data data-more browser lint test quick demo peers clean lists
+.PHONY: help venv data data-more browser lint test quick demo peers proto clean lists
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -122,6 +122,10 @@ ifeq ($(BROWSER),)
 		echo "no Chromium: the tests of the report are skipped; install the package chromium" >&2; \
 		[ "$(CI)" != true ]; }
 endif
+
+proto: venv ## the code in fedmoe/wire that proto/ describes
+	$(BIN)/python -m grpc_tools.protoc -Ifedmoe/wire=proto/fedmoe/v1 --python_out=. --pyi_out=. \
+		$(patsubst proto/fedmoe/v1/%,fedmoe/wire/%,$(wildcard proto/fedmoe/v1/*.proto))
 
 peers: $(PEERS)/.installed ## other libraries, to compare with, in .venv-peers
 

@@ -20,10 +20,10 @@ from fedmoe.experiments.methods import (
     all_methods,
     clusters_of,
     mixture_of,
+    with_own_classifier,
 )
 from fedmoe.federated.fedmoe import FedMoE, as_published
-from fedmoe.federated.local import LocalPlan, Phase, fedper
-from fedmoe.federated.methods.personal import is_classifier
+from fedmoe.federated.local import LocalPlan, Phase
 from fedmoe.federated.rounds import Schedule
 from fedmoe.nn.extractors import fashion_extractors
 from fedmoe.nn.vision import dense_cnn, fashion_cnn
@@ -133,10 +133,8 @@ def _on_skewed(data: FederatedData, schedule: Schedule) -> Methods:
     plan = LocalPlan(
         (Phase(epochs=1),), lr=0.2, lr_decay=0.9, batch_size=10, balance=0.01, clip=1.0
     )
-    runs = dict(_on_images(data.name, data, plan, schedule, DEVICES, theta_cap=0.9))
-    for method in ("fedmoe", "random"):
-        runs[method] = replace(runs[method], plan=fedper(is_classifier, runs[method].plan))
-    return runs
+    runs = _on_images(data.name, data, plan, schedule, DEVICES, theta_cap=0.9)
+    return with_own_classifier(runs)
 
 
 def _on_images(

@@ -45,6 +45,7 @@ Factory = Callable[[], nn.Module]
 Shares = Sequence[float]
 
 GATE_HIDDEN = 32  # of FedMix's personal gate
+OURS = ("fedmoe", "random")  # what holds sub-MoEs
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,15 @@ def _at_rates(
         r.method: replace(r, plan=replace(r.plan, lr=rates.get(r.method, r.plan.lr)))
         for r in runs
     }
+
+
+def with_own_classifier(runs: Methods) -> dict[str, Experiment]:
+    """The same runs, but FedMoE and the random sub-MoE keep their classifier on the client.
+
+    For clients whose labels, or what stands for them, differ: an average serves none of them.
+    """
+    own = {m: replace(runs[m], plan=fedper(is_classifier, runs[m].plan)) for m in OURS}
+    return {**runs, **own}
 
 
 def clusters_of(
