@@ -149,7 +149,8 @@ def run(
     domains-drop-out, two-domains, published-dirichlet,
     published-pathological, published-fifth-dirichlet,
     published-fifth-pathological, dirichlet-0.5, dirichlet-1.0, hundred, motion,
-    vowels, shakespeare, or a function of your own, module:function.
+    vowels, shakespeare, heldout-weak, heldout-average, heldout-ablations,
+    or a function of your own, module:function.
     At the end come a table and report.html.
 
     Runs that the folder holds already are not run again if they are finished, and go on if
