@@ -43,7 +43,7 @@ def motion(seed: int = 0, rounds: int = 20, *, lr: float = 0.2) -> Methods:
         LocalPlan((Phase(epochs=2),), lr=lr, batch_size=20, balance=0.01, clip=1.0),
         Schedule(rounds, seed, evaluate_every=5),
         SHARES,
-        FedMoE(min_experts=K, seed=seed),
+        FedMoE(min_experts=K, kinship=1.0, seed=seed),
         others=OtherModels(
             clusters=partial(clusters_of, member, NUM_MODELS, data.num_classes, shape, seed),
             mixture=partial(mixture_of, member, NUM_MODELS, data.num_classes, shape, seed),

@@ -116,6 +116,7 @@ def heldout(
     proximal = replace(setup.plan, proximal=0.01)
     return _by_name(
         fedjets(setup, "fedjets"),
+        fedjets(setup, "fedjets-from-encoder", start="encoder"),
         fedjets(setup, "fedjets-found", anchoring="means"),
         fedavg(setup, "fedavg"),
         replace(fedavg(setup, "fedavg-from-encoder"), factory=from_encoder),
