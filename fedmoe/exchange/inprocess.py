@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from fedmoe.data.examples import ClientData
+from fedmoe.exchange.one_client import work_with_store
 from fedmoe.exchange.personal import PersonalStore
-from fedmoe.federated.local import LocalPlan, work
-from fedmoe.types import Assignment, ClientFailure, ClientUpdate, Exchange, Job
+from fedmoe.federated.local import LocalPlan
+from fedmoe.types import Assignment, ClientFailure, ClientUpdate, Exchange
 
 
 def in_process(
@@ -36,13 +37,10 @@ def in_process(
     def exchange(assignments: Mapping[int, Assignment]) -> Iterator[ClientUpdate | ClientFailure]:
         for client, assignment in assignments.items():
             try:
-                own = None if store is None else store.load(client, assignment.round)
                 data = load_data(client)
-                update, mine = work(client, assignment, factory, data, plan, own, seed, device)
-                if store is not None and mine is not None and mine is not own:
-                    # What came with a question must be there for the same round's work.
-                    trained = assignment.job is Job.TRAIN
-                    store.save(client, assignment.round if trained else assignment.round - 1, mine)
+                update = work_with_store(
+                    client, assignment, factory, data, plan, store, seed, device
+                )
             except Exception as why:  # whatever goes wrong on a client is that client's failure
                 yield ClientFailure(client, f"{type(why).__name__}: {why}")
             else:

@@ -22,15 +22,15 @@ from fedmoe.exchange.flower.identity import Identity, identity_of
 from fedmoe.exchange.flower.post import BROKEN, FAILED, HELLO, PARCEL, WORK, Post, PostError
 from fedmoe.exchange.flower.records import content_of, post_of
 from fedmoe.exchange.flower.terms import Terms
+from fedmoe.exchange.one_client import work_with_store
 from fedmoe.exchange.parcels import coding_generator
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.run import Spec
 from fedmoe.experiments.table import make_experiment
-from fedmoe.federated.local import work
-from fedmoe.types import ClientUpdate, Job
+from fedmoe.types import Job
 from fedmoe.wire.cache import ExpertCache
-from fedmoe.wire.packing import Received, pack_update, unpack_assignment
+from fedmoe.wire.packing import pack_update, unpack_assignment
 from fedmoe.wire.parcel import (
     ForeignError,
     Hello,
@@ -190,7 +190,17 @@ def _work(asked: Parcel, terms: Terms, client: Client, experiment: Experiment) -
             held=() if cache is None else cache.held(),
         )
     folder = client.state / "runs" / terms.key
-    update = _trained(received, client, experiment, folder / "personal")
+    plan = experiment.plan
+    update = work_with_store(
+        client.id,
+        received.assignment,
+        experiment.factory,
+        _data(experiment, client.id),
+        plan,
+        PersonalStore(folder / "personal") if plan.stores else None,
+        experiment.schedule.seed,
+        client.device,
+    )
     round, codecs = received.assignment.round, received.codecs
     remembers = received.assignment.job is Job.TRAIN and (
         codecs.shared.remembers or codecs.experts.remembers
@@ -206,27 +216,3 @@ def _work(asked: Parcel, terms: Terms, client: Client, experiment: Experiment) -
     if remembers and left is not None:
         owed.save(client.id, round, left)
     return parcel
-
-
-def _trained(
-    received: Received, client: Client, experiment: Experiment, personal: Path
-) -> ClientUpdate:
-    """As `exchange.inprocess` does it, with the client's own folder."""
-    assignment, plan = received.assignment, experiment.plan
-    store = PersonalStore(personal) if plan.stores else None
-    own = None if store is None else store.load(client.id, assignment.round)
-    update, mine = work(
-        client.id,
-        assignment,
-        experiment.factory,
-        _data(experiment, client.id),
-        plan,
-        own,
-        experiment.schedule.seed,
-        client.device,
-    )
-    if store is not None and mine is not None and mine is not own:
-        # What came with a question must be there for the same round's work.
-        trained = assignment.job is Job.TRAIN
-        store.save(client.id, assignment.round if trained else assignment.round - 1, mine)
-    return update
