@@ -45,7 +45,7 @@ from functools import partial
 import torch
 
 import fedmoe.checkpoint
-import fedmoe.exchange.inprocess
+import fedmoe.exchange.one_client
 import fedmoe.experiments.run
 from fedmoe.data.examples import Examples
 from fedmoe.data.protocols import domains
@@ -133,7 +133,7 @@ place, _, number = os.environ.get("LAB_KILL", "").partition(":")
 at = int(number or -1)
 log = fedmoe.experiments.run.RunLog
 create, append = log.create, log.append
-write, work = fedmoe.checkpoint._write, fedmoe.exchange.inprocess.work
+write, work = fedmoe.checkpoint._write, fedmoe.exchange.one_client.work
 
 
 def dying_create(*arguments):
@@ -168,7 +168,7 @@ def dying_work(client, assignment, *arguments):
 
 
 log.create, log.append = staticmethod(dying_create), dying_append
-fedmoe.checkpoint._write, fedmoe.exchange.inprocess.work = dying_write, dying_work
+fedmoe.checkpoint._write, fedmoe.exchange.one_client.work = dying_write, dying_work
 '''
 
 

@@ -44,7 +44,7 @@ from pathlib import Path
 import torch
 
 import fedmoe.checkpoint
-import fedmoe.exchange.flower.client
+import fedmoe.exchange.one_client
 import fedmoe.experiments.run
 from fedmoe.data.examples import Examples
 from fedmoe.data.protocols import domains
@@ -89,7 +89,7 @@ def hold(place):
 
 log = fedmoe.experiments.run.RunLog
 create, append = log.create, log.append
-write, work = fedmoe.checkpoint._write, fedmoe.exchange.flower.client.work
+write, work = fedmoe.checkpoint._write, fedmoe.exchange.one_client.work
 
 
 def holding_create(*arguments):
@@ -121,7 +121,7 @@ def holding_work(client, assignment, *arguments):
 
 log.create, log.append = staticmethod(holding_create), holding_append
 fedmoe.checkpoint._write = holding_write
-fedmoe.exchange.flower.client.work = holding_work
+fedmoe.exchange.one_client.work = holding_work
 '''
 
 # Runs at the start of every process: a SuperNode that is told to stops in the middle of an upload.
