@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedmoe.native.ffns import available as compiled_ffns
+from fedmoe.native.ffns import run_ffns
 from fedmoe.nn import dispatch
 from fedmoe.nn.dispatch import mix, mix_loop, run_segments, sort_rows
 from fedmoe.nn.experts.ffn import FFN
@@ -20,11 +22,18 @@ def grouped(x_RD, experts, counts, out_dim):
 
 
 WAYS = {"segments": run_segments, "grouped": grouped}
+needs_a_compiler = pytest.mark.skipif(not compiled_ffns(), reason="no compiled kernels here")
 
 
-@pytest.fixture(params=WAYS, ids=str)
+@pytest.fixture(params=[*WAYS, pytest.param("compiled", marks=needs_a_compiler)])
 def way(request, monkeypatch):
-    monkeypatch.setattr(dispatch, "run_rows", WAYS[request.param])
+    if request.param in WAYS:
+        in_torch(monkeypatch)
+        monkeypatch.setattr(dispatch, "run_rows", WAYS[request.param])
+
+
+def in_torch(monkeypatch):
+    monkeypatch.setattr(dispatch, "compiled_ffns", lambda: False)
 
 
 def routing_weights(T, E, k, seed, skew=0.0):
@@ -260,6 +269,7 @@ def test_rows_are_sorted_by_expert_and_lead_back_to_their_tokens():
 
 
 def test_each_way_is_chosen_where_it_is_meant_to_be(monkeypatch):
+    in_torch(monkeypatch)
     taken = []
     for name in ("run_grouped", "run_segments"):
         run = getattr(dispatch, name)
@@ -285,6 +295,29 @@ def test_each_way_is_chosen_where_it_is_meant_to_be(monkeypatch):
     run_with([FFN(8, 16) for _ in range(5)] + [FFN(8, 16, bias=False)])
     run_with([FFN(8, 16) for _ in range(5)] + [Doubled(8, 16)])
     assert taken == ["run_segments"] * 7
+
+
+@needs_a_compiler
+def test_float32_relu_experts_alike_run_compiled_and_no_others(monkeypatch):
+    taken = []
+    monkeypatch.setattr(dispatch, "run_ffns", lambda *a: taken.append("run_ffns") or run_ffns(*a))
+
+    def run_with(*experts, dtype=torch.float32):
+        modules = {e: m.to(dtype) for e, m in enumerate(experts)}
+        mix(torch.ones(4, 8, dtype=dtype), torch.ones(4, len(experts), dtype=dtype), modules, 8)
+
+    run_with(FFN(8, 16))
+    run_with(FFN(8, 16, bias=False), FFN(8, 16, bias=False))
+    assert len(taken) == 2
+    run_with(FFN(8, 16, activation="gelu"))
+    run_with(FFN(8, 16), dtype=torch.float64)
+    run_with(FFN(8, 16), dtype=torch.bfloat16)
+    run_with(FFN(8, 16), FFN(8, 12))
+    run_with(FFN(8, 16), FFN(8, 16, bias=False))
+    run_with(Doubled(8, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        run_with(FFN(8, 16))
+    assert len(taken) == 2
 
 
 def test_the_grouped_way_needs_experts_alike():

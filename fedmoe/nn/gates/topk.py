@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedmoe.native.top_k import available, top_k_softmax
 from fedmoe.types import Routing
 
 MAX_K_WITHOUT_SORT = 4  # a pass for each of the k costs less than a sort (16 and 64 experts)
@@ -65,11 +66,21 @@ class TopKGate(nn.Module):
                 score_TE = weight_TE = masked_softmax(all_TE, choosable_E)
             else:
                 score_TE = logit_TE.softmax(-1)
-                best_TK = top_k_indices(logit_TE.detach(), min(self.k, num_choosable))
-                # Their scores over the sum of these; so the loss reaches just these K logits.
-                weight_TK = logit_TE.gather(-1, best_TK).softmax(-1)
-                weight_TE = torch.zeros_like(logit_TE).scatter(-1, best_TK, weight_TK)
+                weight_TE = top_k_weights(logit_TE, choosable_E, min(self.k, num_choosable))
         return Routing(weight_TE, score_TE, logit_TE)
+
+
+def top_k_weights(logit_TE: Tensor, choosable_E: Tensor, k: int) -> Tensor:
+    """Softmax over each row's k highest choosable logits, 0 elsewhere: the loss reaches just these.
+
+    The others' logits must be -inf.
+    """
+    plain = type(logit_TE) is Tensor and logit_TE.dtype == torch.float32
+    if plain and logit_TE.device.type == "cpu" and available():
+        return top_k_softmax(logit_TE, choosable_E, k)
+    best_TK = top_k_indices(logit_TE.detach(), k)
+    weight_TK = logit_TE.gather(-1, best_TK).softmax(-1)
+    return torch.zeros_like(logit_TE).scatter(-1, best_TK, weight_TK)
 
 
 def masked_softmax(logit_TE: Tensor, mask_E: Tensor) -> Tensor:
