@@ -158,6 +158,7 @@ void backward(Sgemm gemm, const float* grad_TO, const float* weight_TE, int64_t 
 """
 
 MOST = 2**31 - 1  # of a number that the matrix product takes
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Parameters(NamedTuple):
@@ -176,19 +177,18 @@ def available() -> bool:
 
 def run_ffns(
     x_TD: Tensor, weight_TE: Tensor, columns: Sequence[int], parameters: Parameters
-) -> Tensor:
+) -> Tensor | None:
     """Each token's weighted sum of the outputs of the experts here, (T, O).
 
-    An expert that no token weighs has no gradient, and tokens that weigh none have none. The result
-    can be differentiated once.
+    None where it takes torch to tell, or to say what is wrong: all must be float32 on the CPU, of
+    no class of their own, and of shapes that agree. An expert that no token weighs has no gradient,
+    and tokens that weigh none have none. The result can be differentiated once.
 
     Args:
         columns: which column of `weight_TE` weighs each of the experts here.
-
-    Raises:
-        ValueError: something is not a float32 tensor on the CPU, or shapes do not agree.
     """
-    _check(x_TD, weight_TE, columns, parameters)
+    if not _fit(x_TD, weight_TE, columns, parameters) or not available():
+        return None
     out: Tensor = _FFNs.apply(  # type: ignore[no-untyped-call]
         x_TD.contiguous(),
         weight_TE.contiguous(),
@@ -328,45 +328,37 @@ def _all_at(tensors: Sequence[Tensor | None]) -> Any:
     return (ctypes.c_void_p * len(at))(*at)
 
 
-def _check(
+def _fit(
     x_TD: Tensor, weight_TE: Tensor, columns: Sequence[int], parameters: Parameters
-) -> None:
-    """Raise ValueError for what compiled code would not survive."""
+) -> bool:
+    """Whether compiled code would survive these. Asked at every step, so it asks in a few words."""
     up_HFD, up_HF, down_HOF, down_HO = parameters
-    if not columns:
-        raise ValueError("columns must name at least 1 expert, got none")
-    if len({len(columns), len(up_HFD), len(down_HOF)}) > 1:
-        raise ValueError(
-            f"columns, up_HFD and down_HOF must be of as many experts, got {len(columns)}, "
-            f"{len(up_HFD)} and {len(down_HOF)}"
-        )
-    hidden, dim = up_HFD[0].shape
-    out_dim = len(down_HOF[0])
-    num_tokens, num_experts = weight_TE.shape
-    wanted: list[tuple[str, Sequence[Tensor], tuple[int, ...]]]
-    wanted = [("x_TD", [x_TD], (num_tokens, dim)), ("weight_TE", [weight_TE], weight_TE.shape)]
-    wanted += [("up_HFD", up_HFD, (hidden, dim)), ("down_HOF", down_HOF, (out_dim, hidden))]
-    for name, biases, width in (("up_HF", up_HF, hidden), ("down_HO", down_HO, out_dim)):
-        if len(biases) not in (0, len(columns)):
-            raise ValueError(
-                f"{name} must have a bias for each of the {len(columns)} experts or none, "
-                f"got {len(biases)}"
-            )
-        wanted.append((name, biases, (width,)))
-    for name, tensors, shape in wanted:
-        for t in tensors:
-            if t.shape != shape or t.dtype != torch.float32 or t.device.type != "cpu":
-                raise ValueError(
-                    f"{name} must be float32 on the CPU of shape {tuple(shape)}, got {t.dtype} on "
-                    f"{t.device} of shape {tuple(t.shape)}"
-                )
-    if not 0 <= min(columns) <= max(columns) < num_experts:
-        raise ValueError(f"columns must be from 0 to {num_experts - 1}, got {list(columns)}")
-    if num_tokens * len(columns) * max(dim, hidden, out_dim) > MOST:
-        raise ValueError(
-            f"tokens times experts times width must be at most {MOST}, got {num_tokens} tokens, "
-            f"{len(columns)} experts and width {max(dim, hidden, out_dim)}: give fewer tokens"
-        )
+    num_here = len(columns)
+    if not num_here or len(up_HFD) != num_here or len(down_HOF) != num_here:
+        return False
+    if len(up_HF) not in (0, num_here) or len(down_HO) not in (0, num_here):
+        return False
+    up, down, x, weight = up_HFD[0].shape, down_HOF[0].shape, x_TD.shape, weight_TE.shape
+    if not len(up) == len(down) == len(x) == len(weight) == 2:
+        return False
+    fit = x[1] == up[1] and down[1] == up[0] and x[0] == weight[0]
+    widest = max(up[0], up[1], down[0])
+    if not fit or min(columns) < 0 or max(columns) >= weight[1] or x[0] * num_here * widest > MOST:
+        return False
+    parts: tuple[tuple[Sequence[Tensor], Sequence[int]], ...]
+    parts = (
+        (up_HFD, up),
+        (down_HOF, down),
+        (up_HF, up[:1]),
+        (down_HO, down[:1]),
+        ((x_TD,), x),
+        ((weight_TE,), weight),
+    )
+    return all(
+        type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and t.shape == shape
+        for tensors, shape in parts
+        for t in tensors
+    )
 
 
 @lru_cache(maxsize=1)

@@ -17,33 +17,66 @@ SOURCE = r"""
 #include <cmath>
 #include <cstdint>
 
+namespace {
+
+// The K highest of the row, which is used up; false where a number is missing or not one.
+bool pick(float* rest_E, int64_t E, int64_t K, int64_t* best) {
+  int strange = 0;
+  for (int64_t e = 0; e < E; e++) strange |= rest_E[e] != rest_E[e];
+  if (strange) return false;
+  for (int64_t i = 0; i < K; i++) {
+    float most = -INFINITY;
+    int64_t place = -1;
+    for (int64_t e = 0; e < E; e++) {  // without a branch, which nobody could foretell
+      const bool more = rest_E[e] > most;
+      most = more ? rest_E[e] : most;
+      place = more ? e : place;
+    }
+    if (place < 0) return false;
+    best[i] = place;
+    rest_E[place] = -INFINITY;
+  }
+  return true;
+}
+
+// As `pick`, for any row; false if there are fewer than K.
+bool pick_slowly(const float* logit, const bool* choosable_E, int64_t E, int64_t K, int64_t* best) {
+  int64_t found = 0;  // best[0..found) are in order of logit
+  for (int64_t e = 0; e < E; e++) {
+    if (!choosable_E[e]) continue;
+    const float v = logit[e];
+    int64_t place = found;
+    while (place > 0) {
+      const float other = logit[best[place - 1]];
+      if (!(v > other || (v != v && other == other))) break;
+      place--;
+    }
+    if (place >= K) continue;
+    if (found < K) found++;
+    for (int64_t i = found - 1; i > place; i--) best[i] = best[i - 1];
+    best[place] = e;
+  }
+  return found == K;
+}
+
+}  // namespace
+
 extern "C" {
 
 // Softmax over each row's k highest choosable logits, highest first; of equal ones, the first wins,
 // and NaN, which shall show in the loss, wins over all. False if there are fewer than K.
+// `rest_E` is room to work in.
 bool weigh(const float* logit_TE, const bool* choosable_E, int64_t T, int64_t E, int64_t K,
-           int64_t* best_TK, float* weight_TK, float* weight_TE) {
+           float* rest_E, int64_t* best_TK, float* weight_TK, float* weight_TE) {
   for (int64_t t = 0; t < T; t++) {
     const float* logit = logit_TE + t * E;
     int64_t* best = best_TK + t * K;
     float *w = weight_TK + t * K, *out = weight_TE + t * E;
-    int64_t found = 0;  // best[0..found) are in order of logit
     for (int64_t e = 0; e < E; e++) {
+      rest_E[e] = choosable_E[e] ? logit[e] : -INFINITY;
       out[e] = 0;
-      if (!choosable_E[e]) continue;
-      const float v = logit[e];
-      int64_t place = found;
-      while (place > 0) {
-        const float other = logit[best[place - 1]];
-        if (!(v > other || (v != v && other == other))) break;
-        place--;
-      }
-      if (place >= K) continue;
-      if (found < K) found++;
-      for (int64_t i = found - 1; i > place; i--) best[i] = best[i - 1];
-      best[place] = e;
     }
-    if (found < K) return false;
+    if (!pick(rest_E, E, K, best) && !pick_slowly(logit, choosable_E, E, K, best)) return false;
     float sum = 0;
     for (int64_t i = 0; i < K; i++) {
       w[i] = std::exp(logit[best[i]] - logit[best[0]]);
@@ -111,6 +144,7 @@ class _TopKSoftmax(torch.autograd.Function):
         logit_TE, choosable_E = logit_TE.contiguous(), choosable_E.contiguous()
         num_tokens, num_experts = logit_TE.shape
         best_TK = torch.empty(num_tokens, k, dtype=torch.int64)
+        rest_E = logit_TE.new_empty(num_experts)
         weight_TK, weight_TE = logit_TE.new_empty(num_tokens, k), torch.empty_like(logit_TE)
         enough = library.weigh(
             logit_TE.data_ptr(),
@@ -118,6 +152,7 @@ class _TopKSoftmax(torch.autograd.Function):
             num_tokens,
             num_experts,
             k,
+            rest_E.data_ptr(),
             best_TK.data_ptr(),
             weight_TK.data_ptr(),
             weight_TE.data_ptr(),
@@ -155,6 +190,6 @@ def _library() -> ctypes.CDLL | None:
         at: Any = ctypes.c_void_p
         whole: Any = ctypes.c_int64
         library.weigh.restype, library.grade.restype = ctypes.c_bool, None
-        library.weigh.argtypes = [at, at, whole, whole, whole, at, at, at]
+        library.weigh.argtypes = [at, at, whole, whole, whole, at, at, at, at]
         library.grade.argtypes = [at, at, at, whole, whole, whole, at]
     return library

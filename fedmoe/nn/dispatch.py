@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe.native.ffns import Parameters, run_ffns
-from fedmoe.native.ffns import available as compiled_ffns
 from fedmoe.nn.grouped import grouped_fits, plain_ffns, run_grouped
 
 # On a CPU, a grouped matmul first copies the weights of all its experts side by side. Within
@@ -43,8 +42,8 @@ def mix(x_TD: Tensor, weight_TE: Tensor, experts: Mapping[int, nn.Module], out_d
     Raises:
         ValueError: an expert returns another shape than (N, O).
     """
-    if experts and (ffns := _compilable(x_TD, weight_TE, experts)):
-        return run_ffns(x_TD, weight_TE, list(experts), ffns)
+    if (y_TO := mix_compiled(x_TD, weight_TE, experts)) is not None:
+        return y_TO
     rows = sort_rows(_of_held(weight_TE.detach(), experts))
     weight_R = weight_TE.reshape(-1).index_select(0, rows.pair_R)
     used = [(e, n) for e, n in enumerate(rows.counts) if n]
@@ -55,26 +54,20 @@ def mix(x_TD: Tensor, weight_TE: Tensor, experts: Mapping[int, nn.Module], out_d
     return add_up(y_RO, weight_R, rows).to(x_TD.dtype)
 
 
-def _compilable(
+def mix_compiled(
     x_TD: Tensor, weight_TE: Tensor, experts: Mapping[int, nn.Module]
-) -> Parameters | None:
-    """The parameters of the experts, if compiled code can run them just as torch would."""
-    if not _plain(x_TD) or not _plain(weight_TE) or torch.is_autocast_enabled("cpu"):
+) -> Tensor | None:
+    """The same in one compiled pass; None where these experts are not what it runs."""
+    if not experts or torch.is_autocast_enabled(x_TD.device.type):
         return None
     ffns = plain_ffns(experts.values(), x_TD)
-    if ffns is None or ffns[0].activation != "relu" or not grouped_fits(ffns, x_TD):
+    if ffns is None or any(f.activation != "relu" for f in ffns):
         return None
-    biases = [[f.up_F for f in ffns], [f.down_O for f in ffns]]
-    up_HF, down_HO = ([b for b in of_each if b is not None] for of_each in biases)
-    if not all(_plain(t) for f in ffns for t in f[:4] if t is not None):
-        return None
-    parameters = Parameters([f.up_FD for f in ffns], up_HF, [f.down_OF for f in ffns], down_HO)
-    return parameters if compiled_ffns() else None
-
-
-def _plain(t: Tensor) -> bool:
-    """Whether it is float32 on the CPU, and not of a class of its own."""
-    return type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu"
+    up_HFD, up_HF, down_HOF, down_HO, _ = zip(*ffns, strict=True)
+    # Where only some have a bias there are too few of them for `run_ffns`.
+    biases = [[b for b in of_all if b is not None] for of_all in (up_HF, down_HO)]
+    parameters = Parameters(up_HFD, biases[0], down_HOF, biases[1])
+    return run_ffns(x_TD, weight_TE, list(experts), parameters)
 
 
 def sort_rows(weight_TE: Tensor) -> Rows:

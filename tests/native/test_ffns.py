@@ -44,42 +44,45 @@ def test_the_same_again_has_the_same_bits():
     assert all(torch.equal(first, other) for other in others)
 
 
-BAD = {
-    "width": (lambda: (torch.ones(4, 3), torch.ones(4, 1), [0], parameters()), "x_TD must be"),
-    "tokens": (lambda: (torch.ones(3, 2), torch.ones(4, 1), [0], parameters()), "x_TD must be"),
-    "dtype": (
-        lambda: (torch.ones(4, 2).double(), torch.ones(4, 1), [0], parameters()),
-        "x_TD must be float32",
+ONES = torch.ones(4, 2)
+UNFIT = {
+    "width": (torch.ones(4, 3), torch.ones(4, 1), [0], parameters()),
+    "tokens": (torch.ones(3, 2), torch.ones(4, 1), [0], parameters()),
+    "dimensions": (torch.ones(4, 2, 1), torch.ones(4, 1), [0], parameters()),
+    "dtype": (ONES.double(), torch.ones(4, 1), [0], parameters()),
+    "dtype of weights": (ONES, torch.ones(4, 1).half(), [0], parameters()),
+    "device": (ONES.to("meta"), torch.ones(4, 1), [0], parameters()),
+    "column above": (ONES, torch.ones(4, 1), [1], parameters()),
+    "column below": (ONES, torch.ones(4, 1), [-1], parameters()),
+    "no expert": (ONES, torch.ones(4, 1), [], parameters(0)),
+    "too few experts": (ONES, torch.ones(4, 2), [0, 1], parameters()),
+    "too few biases": (
+        ONES,
+        torch.ones(4, 2),
+        [0, 1],
+        parameters(2)._replace(up_HF=[torch.ones(2)]),
     ),
-    "column": (lambda: (torch.ones(4, 2), torch.ones(4, 1), [1], parameters()), "from 0 to 0"),
-    "none": (lambda: (torch.ones(4, 2), torch.ones(4, 1), [], parameters(0)), "at least 1 expert"),
-    "count": (
-        lambda: (torch.ones(4, 2), torch.ones(4, 2), [0, 1], parameters()),
-        "of as many experts",
+    "bias of another width": (
+        ONES,
+        torch.ones(4, 1),
+        [0],
+        parameters()._replace(down_HO=[torch.ones(2)]),
     ),
-    "biases": (
-        lambda: (
-            torch.ones(4, 2),
-            torch.ones(4, 2),
-            [0, 1],
-            parameters(2)._replace(up_HF=[torch.ones(2)]),
-        ),
-        "up_HF must have a bias for each",
+    "down of another width": (
+        ONES,
+        torch.ones(4, 1),
+        [0],
+        parameters()._replace(down_HOF=[torch.ones(1, 3)]),
     ),
-    "down": (
-        lambda: (
-            torch.ones(4, 2),
-            torch.ones(4, 1),
-            [0],
-            parameters()._replace(down_HOF=[torch.ones(1, 3)]),
-        ),
-        "down_HOF must be",
+    "too much": (
+        torch.ones(1, 2).expand(2**31, 2),
+        torch.ones(1, 1).expand(2**31, 1),
+        [0],
+        parameters(),
     ),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_arguments_that_do_not_fit_are_refused(case):
-    make, message = BAD[case]
-    with pytest.raises(ValueError, match=message):
-        run_ffns(*make())
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_compiled_code_would_not_survive_is_left_to_torch(case):
+    assert run_ffns(*UNFIT[case]) is None
