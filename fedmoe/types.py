@@ -6,7 +6,7 @@ Shape suffixes: T tokens, D model width, L MoE layers, E experts in a layer.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -157,6 +157,32 @@ class ClientFailure:
 
     client: int
     reason: str
+
+
+class Term(NamedTuple):
+    """What an update adds to one of the means that a round ends with."""
+
+    key: Hashable  # which mean: an expert's, the shared part's; what a strategy takes for it
+    state: State
+    weight: int  # 0: it is left out
+
+
+Terms = Callable[[ClientUpdate], Iterable[Term]]  # each key once; picklable, for other processes
+
+
+class Note(NamedTuple):
+    """What is left of an update whose parameters have been folded in where it was made."""
+
+    update: ClientUpdate  # without model and extra
+    bytes_up: int  # that the whole update took, or would have taken, on the wire
+
+
+class Refusal(NamedTuple):
+    """In place of a note: this client's update may not be folded in."""
+
+    client: int
+    reason: str
+    bytes_up: int
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import dataclasses
 import enum
+import hashlib
 import json
 import os
 import random
@@ -21,13 +22,16 @@ from fedmoe.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
+    snapshot,
 )
 from fedmoe.federated.fedavg import FedAvg, FixedSubMoE, ServerState
 from fedmoe.federated.fedmoe import FedMoE, FedMoEState, Progress
 from fedmoe.federated.per_group import GroupStates, PerGroup
+from fedmoe.population import Population
 from fedmoe.state import split_state
+from fedmoe.table import Table
 from fedmoe.types import Change, ClientInfo, ExpertId, MoEState, SubMoE
-from tests.tiny import one_layer, profile, ragged, tiny
+from tests.tiny import one_layer, profile, ragged, tiny, update
 
 E0, E1 = ExpertId(0, 0), ExpertId(1, 10)
 
@@ -394,3 +398,88 @@ def test_checkpoints_beyond_the_one_that_is_written_go(tmp_path):
     save_checkpoint(tmp_path, 2, small(2))
     assert kept(tmp_path) == ["round-000001", "round-000002"]
     assert newest_checkpoint(tmp_path, ServerState, pytest.fail)[0] == 2
+
+
+# Many clients
+
+MANY = Population(np.arange(1, 5001)).with_memory(np.full(5000, 100))
+
+
+def after_a_round(clients, ids):
+    """FedMoE's state once these clients have scouted."""
+    strategy = FedMoE(kinship=1.0)
+    state = strategy.init(one_layer(1.0, 1.0, 2.0, 3.0, 4.0), clients)
+    notes = [update(k, MoEState({}, {}), [k % 7, 3, 1, k % 3], num_examples=4) for k in ids]
+    return strategy.aggregate(state, notes)
+
+
+def test_a_population_stands_once_beside_all_checkpoints(tmp_path):
+    state = after_a_round(MANY, [7, 4000, 12])
+    for round in (1, 2):
+        save_checkpoint(tmp_path, round, state)
+    clients, *checkpoints = kept(tmp_path)
+    assert clients == f"clients-{MANY.digest[:32]}.safetensors"
+    assert checkpoints == ["round-000001", "round-000002"]
+    assert all(f.stat().st_size < 5000 for f in (tmp_path / "round-000002").iterdir())
+    _, back = load_checkpoint(tmp_path / "round-000002", FedMoEState)
+    assert back.clients == state.clients and back.clients[4000] == MANY[4000]
+    assert content_hash(back) == content_hash(state)
+    assert content_hash(after_a_round(MANY[1:], [7, 4000, 12])) != content_hash(state)
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "of others"])
+def test_a_population_that_is_damaged_is_told(tmp_path, how):
+    save_checkpoint(tmp_path, 1, after_a_round(MANY, [7]))
+    path = tmp_path / f"clients-{MANY.digest[:32]}.safetensors"
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    else:
+        save_checkpoint(tmp_path / "other", 1, after_a_round(MANY[1:], [7]))
+        [other] = (tmp_path / "other").glob("clients-*")
+        shutil.copy(other, path)
+    with pytest.raises(DamagedCheckpointError, match="clients-"):
+        load_checkpoint(tmp_path / "round-000001", FedMoEState)
+
+
+def test_what_is_known_of_clients_comes_back_from_a_table(tmp_path):
+    state = after_a_round(MANY, range(0, 5000, 9))
+    assert isinstance(state.p, Table)
+    save_checkpoint(tmp_path, 1, state)
+    _, back = load_checkpoint(tmp_path / "round-000001", FedMoEState)
+    assert same(dict(back.p), dict(state.p)) and same(dict(back.seen), dict(state.seen))
+    assert back.sub_moes == state.sub_moes and back.kin == state.kin
+    assert content_hash(back) == content_hash(state)
+    # And it goes on as if it had never been written.
+    note = update(3, MoEState({}, {}), [1, 1, 0, 0], num_examples=4)
+    ends = [FedMoE(kinship=1.0).aggregate(s, [note]) for s in (state, back)]
+    assert content_hash(ends[0]) == content_hash(ends[1])
+
+
+def test_a_client_that_has_taken_part_takes_less_than_200_bytes():
+    def size(count):
+        strategy = FedMoE(kinship=1.0)
+        state = strategy.init(one_layer(1.0, *([1.0] * 16)), MANY)
+        wants = ([9] * 8 + [1] * 8, [1] * 8 + [9] * 8)  # two groups
+        notes = [update(k, MoEState({}, {}), wants[k % 2], num_examples=4) for k in range(count)]
+        state = strategy.aggregate(state, notes)
+        metrics = {"loss": 1.0, "trained_validation": 0.5}
+        notes = [update(k, MoEState({}, {}), wants[0], metrics=metrics) for k in range(count)]
+        shot = snapshot(dataclasses.replace(strategy.aggregate(state, notes), changes=()))
+        return len(shot.tensors) + len(shot.text)
+
+    assert (size(300) - size(100)) / 200 < 200
+
+
+def test_a_table_whose_rows_would_be_addresses_is_refused(tmp_path):
+    save_checkpoint(tmp_path, 1, after_a_round(MANY, [7]))
+    path = tmp_path / "round-000001" / "state.json"
+    head = json.loads(path.read_text())
+    head["state"]["p"]["table"]["dtype"] = "object"
+    text = json.dumps(head["state"], sort_keys=True)
+    raw = (path.parent / "state.safetensors").read_bytes()
+    head["digest"] = hashlib.sha256(hashlib.sha256(raw).digest() + text.encode()).hexdigest()
+    path.write_text(json.dumps(head, sort_keys=True))
+    with pytest.raises(DamagedCheckpointError, match="must hold numbers, got object"):
+        load_checkpoint(path.parent, FedMoEState)

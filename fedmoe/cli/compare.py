@@ -107,7 +107,7 @@ def show(runs: Sequence[Run], against: str | None = None) -> None:
     ordered = _in_order(runs)
     info = runs[0].info
     title = (
-        f"{info.experiment}: {plural(len(info.clients), 'client')}, "
+        f"{info.experiment}: {plural(info.num_clients, 'client')}, "
         f"{plural(max(r.info.rounds for r in runs), 'round')}"
     )
     out.print()

@@ -17,14 +17,14 @@ from rich.text import Text
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from fedmoe.checkpoint import DamagedCheckpointError, load_checkpoint
+from fedmoe.checkpoint import DamagedCheckpointError, load_checkpoint, read_value
 from fedmoe.cli.standing import AnyState
 from fedmoe.cli.trouble import CommandError
 from fedmoe.cli.words import console, plain_table, plural, size, write_json
 from fedmoe.report.log import Run, read_run
 from fedmoe.report.usage import LAST_ROUNDS, activations_by_layer, counting_rounds, held_at_end
 from fedmoe.state import state_hash
-from fedmoe.types import ExpertId, MoEState
+from fedmoe.types import ExpertId, MoEState, SubMoE
 
 FOLDER_NAME = re.compile(r"round-(\d+)")
 SHORT = 12  # hex digits of a hash that are shown
@@ -107,7 +107,7 @@ def view_checkpoint(path: Path, run: Run | None = None) -> CheckpointView:
     if run is not None:
         before = replace(run, rounds=[r for r in run.rounds if r.round < round])
     logged = [r for r in before.rounds if r.round == round - 1] if before else []
-    holders = _holders(head["state"], before)
+    holders = _holders(head["state"], before, path, tensors)
     counts = activations_by_layer(before) if before and counting_rounds(before) else None
     models = [
         _view_model(name, value, tensors, holders, counts) for name, value in _models(head["state"])
@@ -190,15 +190,18 @@ def _view_model(
     )
 
 
-def _holders(state: Any, run: Run | None) -> dict[ExpertId, tuple[int, ...]] | None:
+def _holders(
+    state: Any, run: Run | None, path: Path, tensors: Mapping[str, Tensor]
+) -> dict[ExpertId, tuple[int, ...]] | None:
     """Who holds what: as the state says it for the coming round, or else as the log last did."""
     told = state.get("sub_moes") if isinstance(state, dict) else None
+    held: Mapping[int, SubMoE] = {}
     if told:
-        held = {int(c): {_expert(key) for key in keys} for c, keys in told.items()}
-    elif run is not None and run.rounds:
-        held = {c: set(sub_moe) for c, sub_moe in held_at_end(run).items()}
-    else:
-        return None
+        held = read_value(Mapping[int, SubMoE], told, path, tensors)
+    if not held:
+        if run is None or not run.rounds:
+            return None
+        held = held_at_end(run)
     experts = {e for own in held.values() for e in own}
     return {e: tuple(sorted(c for c, own in held.items() if e in own)) for e in experts}
 

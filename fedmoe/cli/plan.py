@@ -85,12 +85,13 @@ def total(experiment: Experiment, plans: Sequence[ClientPlan]) -> Total:
     share = (drawn or len(plans)) / len(plans)
     down, up = (sum(getattr(p, f"bytes_{way}") for p in plans) for way in ("down", "up"))
     seconds = sum(p.seconds for p in plans)
+    closing = min(schedule.evaluate_clients or len(plans), len(plans)) / len(plans)
     return Total(
         method=experiment.method,
         control=experiment.control,
-        # The closing evaluation sends every client its part, has it train, and hears only numbers.
-        bytes=round(schedule.rounds * share * (down + up)) + down,
-        seconds=(schedule.rounds * share + 1) * seconds,
+        # The closing evaluation sends a client its part, has it train, and hears only numbers.
+        bytes=round(schedule.rounds * share * (down + up) + closing * down),
+        seconds=(schedule.rounds * share + closing) * seconds,
         memory_bytes=max(p.training_bytes for p in plans),
         over_budget=sum(_over(p) for p in plans),
     )

@@ -1,5 +1,6 @@
 """Begin runs, or go on with them; show how they go, and what came out."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +11,13 @@ from types import FrameType
 
 from rich.console import Console
 from rich.text import Text
+from torch.cuda import device_count
 
 from fedmoe.cli.compare import show, write_page
 from fedmoe.cli.live import Display
 from fedmoe.cli.making import check_place, device_of, methods_of, rounds_of
 from fedmoe.cli.standing import Job, Standing, check_root, run_folders, standing_of
-from fedmoe.cli.trouble import FAILED, INTERRUPTED, CommandError
+from fedmoe.cli.trouble import FAILED, INTERRUPTED, CommandError, reason
 from fedmoe.cli.words import (
     console,
     duration,
@@ -24,6 +26,7 @@ from fedmoe.cli.words import (
     plural,
     write_json,
 )
+from fedmoe.exchange.actors import Actors, ActorsError
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.run import Spec
 from fedmoe.experiments.study import (
@@ -34,10 +37,12 @@ from fedmoe.experiments.study import (
     usable_cores,
 )
 from fedmoe.experiments.table import pick_method
+from fedmoe.federated.cohort import TRAINERS, Trainer, choose
 from fedmoe.report.log import Run, read_run
 from fedmoe.report.measures import Row, final_evaluation, result_row
 
 DEFAULT_WORKERS = 2
+FASTEST = "fastest"  # in place of a trainer: a measurement chooses
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,62 @@ class Manner:
     json: bool
     report: bool
     quiet: bool
+    actors: Actors | None = None
+    trainer: str | None = None  # one of TRAINERS; "fastest": found out; None: as it was begun
 
     @property
     def processes(self) -> int:
+        if self.workers is None and self.actors is not None:
+            return 1
         return self.workers or min(DEFAULT_WORKERS, usable_cores())
+
+
+def actors_of(
+    count: int | None, address: str | None, gpus: float | None, device: str | None
+) -> Actors | None:
+    """The actors that were asked for; None: the runs' own processes do the clients' work.
+
+    Where nothing is said of GPUs, and this machine has some to train on, each has its share.
+
+    Raises:
+        CommandError: something is said of actors, and not how many.
+    """
+    if count is None:
+        for option, value in (("--ray-address", address), ("--gpus-per-actor", gpus)):
+            if value is not None:
+                raise CommandError(f"{option} needs --actors N: how many are to share the clients")
+        return None
+    if gpus is None:
+        own = address is None and device_of(device).startswith("cuda")
+        gpus = 1 / math.ceil(count / device_count()) if own else 0.0
+    try:
+        return Actors(count, address, gpus=gpus)
+    except ValueError as why:
+        raise CommandError(f"--gpus-per-actor: {why}") from why
+
+
+def trainer_of(
+    wanted: str | None, experiment: Experiment, folder: Path, device: str
+) -> Trainer:
+    """How the clients of a run train: as when it was begun, else as asked for.
+
+    Raises:
+        CommandError: the run was begun in another way than the one asked for.
+    """
+    if (folder / "experiment.json").exists():
+        begun = Spec.read(folder).trainer
+        if wanted not in (None, FASTEST, begun):
+            raise CommandError(
+                f"{folder} holds a run that was begun with --trainer {begun}, not {wanted}: "
+                f"leave the option out, or name another folder with --out"
+            )
+        return begun
+    if wanted == FASTEST:
+        data, plan = experiment.data.load(experiment.clients[0].id), experiment.plan
+        if plan.prepare is not None:
+            data = plan.prepare(experiment.clients[0].id, experiment.factory(), data)
+        return choose(experiment.factory, data.train, plan, device)
+    return next((t for t in TRAINERS if t == wanted), TRAINERS[0])
 
 
 @dataclass(frozen=True)
@@ -86,8 +143,10 @@ def run_command(
         experiments = {}
         for seed, own in made.items():
             for method, experiment in own.items():
-                spec = Spec(name, method, seed, rounds)
-                experiments[spec.method, spec.seed] = ((spec, folder_of(root, spec)), experiment)
+                folder = folder_of(root, Spec(name, method, seed, rounds))
+                trainer = trainer_of(manner.trainer, experiment, folder, device)
+                spec = Spec(name, method, seed, rounds, trainer=trainer)
+                experiments[method, seed] = ((spec, folder), experiment)
         check_root(root, name, rounds)
         standings = [standing_of(job, e) for job, e in experiments.values()]
         first = next(iter(next(iter(made.values())).values()))
@@ -143,11 +202,18 @@ def _carry_out(
     try:
         with _terminated_is_stopped(), display:
             progress = run_study(
-                jobs, manner.processes, device=device, watch=display.watch, complain=_told_already
+                jobs,
+                manner.processes,
+                device=device,
+                actors=manner.actors,
+                watch=display.watch,
+                complain=_told_already,
             )
     except (KeyboardInterrupt, TerminatedError) as why:
         code = INTERRUPTED if isinstance(why, KeyboardInterrupt) else 128 + signal.SIGTERM
         raise CommandError(_how_to_go_on(root, jobs), code) from why
+    except (ActorsError, ImportError) as why:  # Ray does not start, or is not there
+        raise CommandError(reason(why), FAILED) from why
     runs, errors = {}, {r.folder: r.error for r in progress if r.error is not None}
     for end in progress:
         if not (end.folder / "run.json").exists():

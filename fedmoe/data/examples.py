@@ -5,11 +5,13 @@ Shape suffixes: N examples; the rest of an input's shape is the source's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -43,14 +45,37 @@ class FederatedData:
     """
 
     name: str
-    clients: tuple[ClientInfo, ...]  # who trains; ids 0, 1, ...
+    clients: Sequence[ClientInfo]  # who trains; ids 0, 1, ...
     load: Callable[[int], ClientData]
     num_classes: int
     partition_hash: str  # which example is whose, see fedmoe.data.partition.partition_hash
     groups: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
     # Who never trains and only comes afterwards; `load` has their data, and ids go on from those
     # of `clients`.
-    unseen: tuple[ClientInfo, ...] = ()
+    unseen: Sequence[ClientInfo] = ()
+
+
+@dataclass(frozen=True)
+class InTurns(Mapping[int, str]):
+    """Groups of so many clients, of whom client c is in group c modulo their number."""
+
+    num_clients: int
+    names: tuple[str, ...]
+
+    def __getitem__(self, client: int) -> str:
+        if not 0 <= client < self.num_clients:
+            raise KeyError(client)
+        return self.names[client % len(self.names)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.num_clients))
+
+    def __len__(self) -> int:
+        return self.num_clients
+
+    def number_of(self, client_C: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The places of these clients' groups among the names."""
+        return client_C % len(self.names)
 
 
 def share_out(

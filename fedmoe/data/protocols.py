@@ -75,7 +75,7 @@ def domains(
         ValueError: the clients need more images than there are, or a count is below its limit.
     """
     counts = _checked_counts(train, validation, test, num_clients)
-    source = _checked_source(load_fashion_mnist(folder) if source is None else source)
+    source = checked_source(load_fashion_mnist(folder) if source is None else source)
     rng = np.random.default_rng([seed, _IMAGES])
     parts = _equal_parts(len(source.y), num_clients, counts, rng)
     order_rng = np.random.default_rng([seed, _LABEL_ORDERS])
@@ -89,7 +89,7 @@ def domains(
         domain = groups[client]
         row_N = torch.from_numpy(index_N)
         return Examples(
-            _normalised(DOMAINS[domain](source.x[row_N])), new_label[domain][source.y[row_N]]
+            normalised(DOMAINS[domain](source.x[row_N])), new_label[domain][source.y[row_N]]
         )
 
     return share_out("domains", parts, take, NUM_CLASSES, groups=groups)
@@ -119,7 +119,7 @@ def two_domains(
     counts = _checked_counts(train, validation, test, num_clients)
     if sources is None:
         sources = {"mnist": load_mnist(), "fashion-mnist": load_fashion_mnist()}
-    checked = {name: _checked_source(source) for name, source in sources.items()}
+    checked = {name: checked_source(source) for name, source in sources.items()}
     groups = {c: tuple(checked)[c % len(checked)] for c in range(num_clients)}
     drawn = {}
     for d, (name, source) in enumerate(checked.items()):
@@ -218,7 +218,7 @@ def heldout(
         ValueError: there are too few combinations or images, or a count is below its limit.
     """
     counts = _checked_counts(train, validation, test, num_clients)
-    source = _checked_source(load_fashion_mnist(folder) if source is None else source)
+    source = checked_source(load_fashion_mnist(folder) if source is None else source)
     label_sets = _label_sets(seed, num_clients, unseen, labels, anchors)
     rows = {label: iter(own) for label, (_, own) in _label_pools(seed, source.y).items()}
 
@@ -259,7 +259,7 @@ def heldout_encoder_images(
     Raises:
         ValueError: `count` is more than there are.
     """
-    source = _checked_source(load_fashion_mnist(folder) if source is None else source)
+    source = checked_source(load_fashion_mnist(folder) if source is None else source)
     kept = np.concatenate([put_aside for put_aside, _ in _label_pools(seed, source.y).values()])
     if not 1 <= count <= len(kept):
         raise ValueError(
@@ -344,7 +344,7 @@ def _skewed(
     """A share of all images over clients as `cut` has it by label, then each client's parts."""
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
-    source = _checked_source(load_fashion_mnist(folder) if source is None else source)
+    source = checked_source(load_fashion_mnist(folder) if source is None else source)
     index_N = _stratified(source.y.numpy(), share, np.random.default_rng([seed, _IMAGES]))
     rng = np.random.default_rng([seed, _PARTS])
     parts = tuple(
@@ -361,10 +361,10 @@ def _skewed(
 def _as_stored(source: Examples, index_N: Indices) -> Examples:
     """These images, normalised, under the labels that they have in the source."""
     row_N = torch.from_numpy(index_N)
-    return Examples(_normalised(source.x[row_N]), source.y[row_N])
+    return Examples(normalised(source.x[row_N]), source.y[row_N])
 
 
-def _normalised(image_NHW: Tensor) -> Tensor:
+def normalised(image_NHW: Tensor) -> Tensor:
     """uint8 images as float32 (N, 1, H, W), with mean near 0 and deviation near 1."""
     return ((image_NHW.float() / 255 - _MEAN) / _STD).unsqueeze(1).contiguous()
 
@@ -393,7 +393,7 @@ def _checked_counts(
     return train, validation, test
 
 
-def _checked_source(source: Examples) -> Examples:
+def checked_source(source: Examples) -> Examples:
     x, y = source
     if x.dtype != torch.uint8 or x.shape[1:] != (28, 28) or len(x) != len(y):
         raise ValueError(

@@ -4,14 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
-from fedmoe.data.examples import FederatedData
+from fedmoe.data.examples import FederatedData, InTurns
 from fedmoe.federated.local import LocalPlan
 from fedmoe.federated.rounds import Schedule
 from fedmoe.federated.select import memory_for
+from fedmoe.population import Population
 from fedmoe.types import ClientInfo, MoEState, Strategy
 
+LISTED = 1000  # clients, at most, of whom a run tells each one by one
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
@@ -33,10 +37,19 @@ class Experiment:
     strategy: Strategy[Any]
     plan: LocalPlan
     data: FederatedData
-    clients: tuple[ClientInfo, ...]
+    clients: Sequence[ClientInfo]
     schedule: Schedule
     control: bool = False
-    unseen: tuple[ClientInfo, ...] = ()
+    unseen: Sequence[ClientInfo] = ()
+
+    @property
+    def listed(self) -> Sequence[ClientInfo]:
+        """The clients that are told one by one: all, or of more than LISTED those whom the
+        closing evaluation asks.
+        """
+        if len(self.clients) <= LISTED:
+            return self.clients
+        return self.schedule.evaluated(self.clients)
 
     def shortened(self, rounds: int) -> "Experiment":
         """The same for another number of rounds."""
@@ -58,7 +71,7 @@ class Experiment:
 
 def with_budgets(
     data: FederatedData, model: MoEState, shares: Sequence[float]
-) -> tuple[ClientInfo, ...]:
+) -> Sequence[ClientInfo]:
     """The data's clients with memory for the shared part and these shares of the experts.
 
     Shares go round within each group of `data.groups`, so that groups have the same devices.
@@ -66,11 +79,33 @@ def with_budgets(
     Raises:
         ValueError: a share is out of range.
     """
+    sizes = [memory_for(model, share) for share in shares]
+    if isinstance(data.clients, Population):
+        turn_C = _turns(data, data.clients)
+        return data.clients.with_memory(np.array(sizes, np.int64)[turn_C % len(sizes)])
     met: dict[str, int] = {}
     clients = []
     for c in data.clients:
         group = data.groups.get(c.id, "")
         turn = met.get(group, 0)
         met[group] = turn + 1
-        clients.append(replace(c, memory_bytes=memory_for(model, shares[turn % len(shares)])))
+        clients.append(replace(c, memory_bytes=sizes[turn % len(sizes)]))
     return tuple(clients)
+
+
+def _turns(data: FederatedData, clients: Population) -> npt.NDArray[np.int64]:
+    """For each client how many of its group stand before it."""
+    if not data.groups:
+        return np.arange(len(clients))
+    if isinstance(data.groups, InTurns):
+        group_C = data.groups.number_of(clients.ids)
+    else:
+        number: dict[str, int] = {}
+        names = (data.groups.get(c, "") for c in clients.ids.tolist())
+        codes = (number.setdefault(name, len(number)) for name in names)
+        group_C = np.fromiter(codes, np.int64, len(clients))
+    order = np.argsort(group_C, kind="stable")
+    first = np.searchsorted(group_C[order], group_C[order])
+    turn_C = np.empty(len(clients), np.int64)
+    turn_C[order] = np.arange(len(clients)) - first
+    return turn_C

@@ -10,6 +10,7 @@ from fedmoe.data.examples import Examples
 from fedmoe.device import peak_memory
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.federated.local import LocalTask, Trained, only_chosen
+from fedmoe.population import together
 from fedmoe.rng import torch_generator
 from fedmoe.state import build_part, layer_sizes, load_state, split_state
 from fedmoe.types import (
@@ -111,11 +112,11 @@ def extra_for(experiment: Experiment, sub_moe: SubMoE) -> State:
 
 
 def first_assignments(experiment: Experiment, model: MoEState) -> Mapping[int, Assignment]:
-    """What every client is assigned at the start; where it is asked first, it wants no expert
-    more than another. Nothing where experts are chosen on the way.
+    """What every client that is listed is assigned at the start; where it is asked first, it wants
+    no expert more than another. Nothing where experts are chosen on the way.
     """
-    strategy, clients = experiment.strategy, experiment.clients
-    state = strategy.init(model, (*clients, *experiment.unseen))
+    strategy, clients = experiment.strategy, experiment.listed
+    state = strategy.init(model, together(experiment.clients, experiment.unseen))
     if strategy.phase(state) != "train":
         return {}
     if hasattr(strategy, "ask"):

@@ -42,7 +42,7 @@ class ClientPlan:
 def plan_clients(
     experiment: Experiment, device: torch.device | str = "cpu"
 ) -> list[ClientPlan]:
-    """A plan per client, in order of id.
+    """A plan for each client that is listed, in order of id.
 
     Raises:
         ValueError: a client's budget does not hold one expert per layer.
@@ -51,7 +51,7 @@ def plan_clients(
     assigned = first_assignments(experiment, model)
     known: dict[tuple[tuple[int, int], ...], tuple[Step, float]] = {}
     plans = []
-    for c in experiment.clients:
+    for c in experiment.listed:
         count = experts_that_fit(model, c.memory_bytes)
         given = assigned.get(c.id)
         if given is None:  # its experts are chosen on the way

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,15 +19,18 @@ from typing import Any
 import torch
 
 from fedmoe import __version__
-from fedmoe.checkpoint import content_hash, newest_checkpoint, save_checkpoint
+from fedmoe.checkpoint import content_hash, newest_checkpoint, save_checkpoint, snapshot
+from fedmoe.exchange.actors import Actors
 from fedmoe.exchange.inprocess import in_process
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.memory import peak_bytes
+from fedmoe.federated.cohort import Trainer
 from fedmoe.federated.local import accuracy
 from fedmoe.federated.rounds import RoundReport, run_rounds
 from fedmoe.federated.select import experts_that_fit
-from fedmoe.report.log import ClientAccuracy, ClientEntry, RoundRecord, RunInfo, RunLog
+from fedmoe.population import Population, by_id, first_of_each_budget, together
+from fedmoe.report.log import ClientAccuracy, ClientEntry, Others, RoundRecord, RunInfo, RunLog
 from fedmoe.state import (
     layer_sizes,
     load_state,
@@ -54,6 +58,7 @@ class Spec:
     seed: int
     rounds: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Trainer = "one-by-one"  # of simulated clients; other trainers have other last bits
 
     def write(self, folder: Path) -> None:
         """Atomically, as experiment.json."""
@@ -84,13 +89,18 @@ def run_experiment(
     on_round: Callable[[RoundRecord], None] = lambda record: None,
     complain: Callable[[str], None] = lambda line: None,
     exchange: MakeExchange | None = None,
+    actors: Actors | None = None,
+    trainer: Trainer = "one-by-one",
     traffic: Callable[[], tuple[int, int]] | None = None,
 ) -> str:
     """Run to the end; returns the content hash of the server's last state.
 
     Args:
         exchange: who carries assignments to clients, who then keep what is their own and may be
-            the only ones who have their data; None: they are simulated here, one after another.
+            the only ones who have their data; None: they are simulated.
+        actors: who does the work of simulated clients; None: this process does. The bits are the
+            same, and a run that was begun in one way may go on in the other.
+        trainer: how simulated clients train (`federated.cohort`); the same all through a run.
         traffic: the bytes that really went down and up since it was last called; None: a round's
             messages are measured as they would be in full.
 
@@ -101,7 +111,7 @@ def run_experiment(
     """
     model = split_state(experiment.factory())
     check_budgets(experiment, model)
-    state = experiment.strategy.init(model, (*experiment.clients, *experiment.unseen))
+    state = experiment.strategy.init(model, together(experiment.clients, experiment.unseen))
     data_here = exchange is None or _data_here(experiment)
     first = 0
     if resume and (folder / "run.json").exists():
@@ -115,18 +125,6 @@ def run_experiment(
         _check_no_remains(folder)
         log = RunLog.create(folder, _run_info(experiment, model, data_here))
     personal = experiment.plan.personal
-    if exchange is not None:
-        carry = exchange(on_client)
-    else:
-        carry = in_process(
-            experiment.factory,
-            experiment.data.load,
-            experiment.plan,
-            experiment.schedule.seed,
-            store=PersonalStore(folder / "personal") if experiment.plan.stores else None,
-            device=device,
-            progress=on_client,
-        )
     memory = _Memory(experiment, device) if data_here else None
 
     def prepare(assignment: Assignment) -> Assignment:
@@ -134,7 +132,7 @@ def run_experiment(
 
     def after_round(report: RoundReport[Any]) -> None:
         final = report.phase == "final"
-        digest = content_hash(report.state)
+        shot = snapshot(report.state)
         merged = experiment.strategy.merged(report.state) if final else None
         shown = None
         if data_here and merged is not None and not _any(take_names(merged, personal)):
@@ -143,25 +141,60 @@ def run_experiment(
         if traffic is not None:
             report.bytes_down, report.bytes_up = traffic()
             report.bytes_once = min(report.bytes_once, report.bytes_down)
-        record = _record(report, layer_sizes_of(experiment), memory, shown, digest)
+        record = _record(report, layer_sizes_of(experiment), memory, shown, shot.digest)
         log.append(record)
         if not final:
-            save_checkpoint(folder / "checkpoints", report.round + 1, report.state)
+            save_checkpoint(folder / "checkpoints", report.round + 1, shot)
         on_round(record)
 
-    end = run_rounds(
-        experiment.strategy,
-        state,
-        experiment.clients,
-        carry,
-        experiment.schedule,
-        first=first,
-        measure=message_bytes,
-        prepare=prepare,
-        after_round=after_round,
-        unseen=experiment.unseen,
-    )
+    with (
+        _simulated(experiment, folder, device, on_client, actors, trainer)
+        if exchange is None
+        else nullcontext(exchange(on_client))
+    ) as carry:
+        end = run_rounds(
+            experiment.strategy,
+            state,
+            experiment.clients,
+            carry,
+            experiment.schedule,
+            first=first,
+            measure=message_bytes,
+            prepare=prepare,
+            after_round=after_round,
+            unseen=experiment.unseen,
+        )
     return content_hash(end)
+
+
+def _simulated(
+    experiment: Experiment,
+    folder: Path,
+    device: torch.device | str,
+    progress: Callable[[int], None],
+    actors: Actors | None,
+    trainer: Trainer,
+) -> AbstractContextManager[Exchange]:
+    """Clients that are played here: by this process, or by actors."""
+    of_clients = (
+        experiment.factory,
+        experiment.data.load,
+        experiment.plan,
+        experiment.schedule.seed,
+    )
+    store = PersonalStore(folder / "personal") if experiment.plan.stores else None
+    if actors is None:
+        return nullcontext(
+            in_process(
+                *of_clients, store=store, device=device, progress=progress, trainer=trainer
+            )
+        )
+    from fedmoe.exchange.ray.exchange import in_actors  # takes a second, and not all have Ray
+
+    place = "cuda" if actors.gpus else "cpu"
+    return in_actors(
+        *of_clients, actors, store=store, device=place, progress=progress, trainer=trainer
+    )
 
 
 def check_budgets(experiment: Experiment, model: MoEState) -> None:
@@ -173,7 +206,7 @@ def check_budgets(experiment: Experiment, model: MoEState) -> None:
     with torch.device("meta"):
         layers = moe_layers(experiment.factory())
     k = max((getattr(moe.gate, "k", 1) for _, moe in layers), default=0)
-    for c in (*experiment.clients, *experiment.unseen):
+    for c in first_of_each_budget(together(experiment.clients, experiment.unseen)):
         try:
             count = experts_that_fit(model, c.memory_bytes)
         except ValueError as why:
@@ -197,13 +230,15 @@ def without(assignment: Assignment, personal: Callable[[str], bool]) -> Assignme
 def merged_accuracy(
     experiment: Experiment, merged: MoEState, device: torch.device | str = "cpu"
 ) -> float:
-    """Accuracy of the one full model over all clients' test parts together."""
+    """Accuracy of the one full model over the test parts of all clients together, or of those
+    whom the closing evaluation asks.
+    """
     device = torch.device(device)
     model = experiment.factory()
     load_state(model, merged)
     model.to(device)
     right, total = 0.0, 0
-    for c in experiment.clients:
+    for c in experiment.schedule.evaluated(experiment.clients):
         data = experiment.data.load(c.id)
         if experiment.plan.prepare is not None:
             data = experiment.plan.prepare(c.id, model, data)
@@ -217,7 +252,7 @@ def merged_accuracy(
 def _data_here(experiment: Experiment) -> bool:
     """Whether this process, too, has the data of clients that work elsewhere."""
     try:
-        for c in experiment.clients:
+        for c in experiment.listed:
             experiment.data.load(c.id)
     except (OSError, LookupError, ValueError):
         return False
@@ -232,7 +267,7 @@ def _drop_strangers(
     report: RoundReport[Any], experiment: Experiment, complain: Callable[[str], None]
 ) -> None:
     """Answers of nobody's clients are complained of: a log has no place for them."""
-    known = {c.id for c in experiment.clients}
+    known = by_id(experiment.clients)
     for f in (*report.failed, *report.refused):
         if f.client not in known:
             complain(f"round {report.round}: {f.reason}")
@@ -259,7 +294,8 @@ def _check_same(experiment: Experiment, info: RunInfo, folder: Path) -> None:
         "rounds": (info.rounds, schedule.rounds),
         "experts per layer": (tuple(info.num_experts_L), layer_sizes_of(experiment)),
         "partition": (info.partition_hash, experiment.data.partition_hash),
-        "clients": ([c.id for c in info.clients], [c.id for c in experiment.clients]),
+        "clients": ([c.id for c in info.clients], [c.id for c in experiment.listed]),
+        "other clients": (info.others, _others(experiment)),
     }
     for what, (begun, asked) in pairs.items():
         if begun != asked:
@@ -338,7 +374,7 @@ def _record(
 
 def _run_info(experiment: Experiment, model: MoEState, data_here: bool) -> RunInfo:
     entries = []
-    for c in experiment.clients:
+    for c in experiment.listed:
         sizes = (c.num_examples, 0, 0)  # as far as it can be told without the data
         if data_here:
             data = experiment.data.load(c.id)
@@ -368,6 +404,25 @@ def _run_info(experiment: Experiment, model: MoEState, data_here: bool) -> RunIn
         model_parameters=sum(t.numel() for t in tensors.values()),
         full_bytes=model_bytes(tensors),
         clients=entries,
+        others=_others(experiment),
+    )
+
+
+def _others(experiment: Experiment) -> Others | None:
+    """What is told of clients that are not told one by one."""
+    listed, clients = experiment.listed, experiment.clients
+    if len(listed) == len(clients):
+        return None
+    if not isinstance(clients, Population):
+        clients = Population.of(clients)
+    limits = [c.memory_bytes for c in first_of_each_budget(clients)]
+    known = [limit for limit in limits if limit is not None]
+    return Others(
+        count=len(clients) - len(listed),
+        num_train=int(clients.num_examples_C.sum()) - sum(c.num_examples for c in listed),
+        least_memory_bytes=min(known, default=None),
+        most_memory_bytes=max(known, default=None) if len(known) == len(limits) else None,
+        clients_hash=clients.digest[:16],
     )
 
 

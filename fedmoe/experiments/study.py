@@ -13,12 +13,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from fedmoe.device import keep_freed_memory, pick_device
+from fedmoe.exchange.actors import Actors, keep_strangers_out
 from fedmoe.experiments.run import Spec, run_experiment
 from fedmoe.experiments.table import make_experiment
 from fedmoe.report.log import read_run
@@ -52,13 +53,15 @@ def run_study(
     workers: int,
     *,
     device: str | None = None,
+    actors: Actors | None = None,
     watch: Callable[[list[RunProgress]], None] = lambda progress: None,
     complain: Callable[[str], None] = say,
     every_s: float = 1.0,
 ) -> list[RunProgress]:
     """Run what is not finished, `workers` at a time; returns how each ended.
 
-    `device` is where models train: "cpu", "cuda", or None for a GPU if there is one.
+    `device` is where models train: "cpu", "cuda", or None for a GPU if there is one. With `actors`
+    each of the runs that go side by side has as many, for its clients.
 
     A run that fails does not stop the others; its `error` tells why. `complain` is called in the
     runs' own processes, so it must be a function of a module.
@@ -78,29 +81,36 @@ def run_study(
     errors: dict[Path, str] = {}
     seen: Seen = {}
     if todo:
-        context = get_context("spawn")  # torch's threads do not survive a fork
-        pool = ProcessPoolExecutor(
-            min(workers, len(todo)), mp_context=context, initializer=_one_thread
-        )
-        try:
-            with _interrupts_later():
-                futures = {f: pool.submit(run_folder, f, device, complain) for _, f in todo}
-            while not all(future.done() for future in futures.values()):
-                watch(list(_progress(jobs, errors, seen)))
-                time.sleep(every_s)
+        with _reached(actors, min(workers, len(todo))) as reached:
+            context = get_context("spawn")  # torch's threads do not survive a fork
+            pool = ProcessPoolExecutor(
+                min(workers, len(todo)), mp_context=context, initializer=_one_thread
+            )
+            try:
+                with _interrupts_later():
+                    futures = {
+                        f: pool.submit(run_folder, f, device, complain, reached)
+                        for _, f in todo
+                    }
+                while not all(future.done() for future in futures.values()):
+                    watch(list(_progress(jobs, errors, seen)))
+                    time.sleep(every_s)
+                    errors = _errors_of(futures)
                 errors = _errors_of(futures)
-            errors = _errors_of(futures)
-        finally:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
+            finally:
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()
+                pool.shutdown(wait=True, cancel_futures=True)
     progress = list(_progress(jobs, errors, seen))
     watch(progress)
     return progress
 
 
 def run_folder(
-    folder: Path, device: str | None = None, complain: Callable[[str], None] = say
+    folder: Path,
+    device: str | None = None,
+    complain: Callable[[str], None] = say,
+    actors: Actors | None = None,
 ) -> None:
     """Begin or go on with the run that `folder` describes.
 
@@ -117,6 +127,8 @@ def run_folder(
             resume=True,
             device=pick_device(device),
             complain=complain,
+            actors=actors,
+            trainer=spec.trainer,
         )
 
 
@@ -144,6 +156,17 @@ def alone(folder: Path) -> Iterator[None]:
                 f"{folder} is being run by another process; wait for it, or end it first"
             ) from why
         yield
+
+
+def _reached(actors: Actors | None, groups: int) -> AbstractContextManager[Actors | None]:
+    """The actors at an address, so that runs in processes of their own share one Ray."""
+    if actors is None:
+        return nullcontext()
+    if actors.address is None:
+        keep_strangers_out()
+    from fedmoe.exchange.ray.cluster import started
+
+    return started(actors, groups)
 
 
 @contextmanager

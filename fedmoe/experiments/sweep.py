@@ -134,7 +134,7 @@ def _job(protocol: str, spec: Spec, experiment: Experiment, root: Path) -> Job:
         definition=definition_of(spec, experiment),
         experiment=experiment.name,
         partition_hash=experiment.data.partition_hash,
-        memory=tuple((c.id, c.memory_bytes) for c in experiment.clients),
+        memory=tuple((c.id, c.memory_bytes) for c in experiment.listed),
         control=experiment.control,
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
-from fedmoe.experiments import fashion, natural, unseen
+from fedmoe.experiments import crowd, fashion, natural, unseen
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.run import Spec
 
@@ -39,6 +39,7 @@ EXPERIMENTS: Mapping[str, Make] = MappingProxyType(
         "dirichlet-0.5": partial(fashion.dirichlet, alpha=0.5),
         "dirichlet-1.0": partial(fashion.dirichlet, alpha=1.0),
         "hundred": fashion.hundred,
+        "crowd": crowd.crowd,
         "heldout-weak": partial(unseen.heldout, quality="weak"),
         "heldout-average": partial(unseen.heldout, quality="average"),
         "heldout-ablations": unseen.ablations,

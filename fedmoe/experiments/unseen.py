@@ -9,6 +9,7 @@ Who is an anchor, and what they know, is said in `fedmoe.federated.anchors`: `fe
 labels do not overlap, as in the paper, and `fedjets-found` finds its anchors by itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -279,7 +280,7 @@ def fedmoe(setup: Setup) -> Experiment:
     factory = partial(expert_cnn, setup.seed)
     memory = memory_for(split_state(factory()), EXPERT_SHARE)
 
-    def limited(clients: tuple[ClientInfo, ...]) -> tuple[ClientInfo, ...]:
+    def limited(clients: Sequence[ClientInfo]) -> tuple[ClientInfo, ...]:
         return tuple(replace(c, memory_bytes=memory) for c in clients)
 
     return replace(

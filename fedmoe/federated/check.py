@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedmoe.federated.average import UPDATE_LIMIT, reach_of, tokens_of
+from fedmoe.federated.average import tokens_of
+from fedmoe.federated.sums import UPDATE_LIMIT, reach_of
 from fedmoe.types import (
     ActivationProfile,
     Assignment,
@@ -40,11 +42,23 @@ def check_update(update: ClientUpdate, assignment: Assignment, model: MoEState) 
         RefusedUpdateError: it is malformed, not finite, implausible, or holds what was not
             assigned.
     """
-    for problem in _problems(update, assignment, model):
-        raise RefusedUpdateError(f"client {update.client}: {problem}")
+    Check(frozenset(model.experts))(update, assignment)
 
 
-def _problems(update: ClientUpdate, assignment: Assignment, model: MoEState) -> Iterator[str]:
+@dataclass(frozen=True)
+class Check:
+    """`check_update` by the experts that there are, which is all that it asks of the model."""
+
+    experts: SubMoE | None  # None: there is no one model, only what each client was sent
+
+    def __call__(self, update: ClientUpdate, assignment: Assignment) -> None:
+        """Raises RefusedUpdateError."""
+        experts = frozenset(assignment.model.experts) if self.experts is None else self.experts
+        for problem in _problems(update, assignment, experts):
+            raise RefusedUpdateError(f"client {update.client}: {problem}")
+
+
+def _problems(update: ClientUpdate, assignment: Assignment, experts: SubMoE) -> Iterator[str]:
     """What is wrong with the update. Each check may rely on those before it."""
     examples = update.num_examples
     if not 1 <= examples <= MAX_EXAMPLES:
@@ -54,7 +68,7 @@ def _problems(update: ClientUpdate, assignment: Assignment, model: MoEState) -> 
             yield f"metric {name!r} must be finite, got {value}"
         if name.endswith(("_validation", "_test")) and not 0 <= value <= 1:
             yield f"metric {name!r} must be between 0 and 1, got {value}"
-    yield from _profile_problems(update.profile, assignment.sub_moe | frozenset(model.experts))
+    yield from _profile_problems(update.profile, assignment.sub_moe | experts)
     if assignment.job is not Job.TRAIN:
         if update.model.shared or update.model.experts or update.extra:
             yield f"a {assignment.job.value} job sends no parameters back, but this update does"

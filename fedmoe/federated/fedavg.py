@@ -8,8 +8,10 @@ parameters; fine-tuning is FedAvg judged after local training.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedmoe.federated.average import Weigh, average_by_expert, by_tokens
+from fedmoe.federated.average import ByExpert, Weigh, averaged, by_tokens
+from fedmoe.federated.folding import fold
 from fedmoe.federated.select import experts_that_fit
+from fedmoe.federated.sums import Sums
 from fedmoe.rng import numpy_generator
 from fedmoe.types import (
     Assignment,
@@ -19,6 +21,7 @@ from fedmoe.types import (
     ExpertId,
     MoEState,
     SubMoE,
+    Terms,
 )
 
 
@@ -51,7 +54,15 @@ class FedAvg:
         return {c.id: Assignment(state.round, state.model, whole) for c in clients}
 
     def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> ServerState:
-        return ServerState(state.round + 1, average_by_expert(state.model, updates, self.weigh))
+        return fold(self, state, updates)
+
+    def terms(self, state: ServerState) -> Terms:
+        return ByExpert(self.weigh)
+
+    def settle(
+        self, state: ServerState, sums: Sums, notes: Sequence[ClientUpdate]
+    ) -> ServerState:
+        return ServerState(state.round + 1, averaged(state.model, sums))
 
     def merged(self, state: ServerState) -> MoEState:
         return state.model

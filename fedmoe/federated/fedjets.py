@@ -35,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe.data.examples import Examples
-from fedmoe.federated.average import average_by_expert, by_examples
-from fedmoe.federated.frozen import noting, sent_once
+from fedmoe.federated.average import ByExpert, averaged, by_examples
+from fedmoe.federated.folding import fold
+from fedmoe.federated.frozen import sent_once
 from fedmoe.federated.local import (
     EVALUATION_BATCH,
     LocalMethod,
@@ -49,6 +50,7 @@ from fedmoe.federated.local import (
     train,
 )
 from fedmoe.federated.select import experts_that_fit
+from fedmoe.federated.sums import Sums
 from fedmoe.profile import watch_gates
 from fedmoe.state import NameTest, moe_layers, nothing, other_than
 from fedmoe.types import (
@@ -60,6 +62,7 @@ from fedmoe.types import (
     Job,
     MoEState,
     SubMoE,
+    Terms,
 )
 
 ANCHOR = "anchor"  # the name of what tells a client that it is one
@@ -169,12 +172,17 @@ class FedJETs:
     def aggregate(
         self, state: FedJETsState, updates: Iterable[ClientUpdate]
     ) -> FedJETsState:
-        def weight(update: ClientUpdate) -> int:
-            return self.anchor_weight if update.client in self.anchors else self.normal_weight
+        return fold(self, state, updates)
 
-        answered: set[int] = set()
-        model = average_by_expert(state.model, noting(updates, answered), by_examples, weight)
-        return FedJETsState(state.round + 1, model, state.room, state.have | answered)
+    def terms(self, state: FedJETsState) -> Terms:
+        parts = ByPart(frozenset(self.anchors), self.anchor_weight, self.normal_weight)
+        return ByExpert(by_examples, parts)
+
+    def settle(
+        self, state: FedJETsState, sums: Sums, notes: Sequence[ClientUpdate]
+    ) -> FedJETsState:
+        have = state.have.union(note.client for note in notes)
+        return FedJETsState(state.round + 1, averaged(state.model, sums), state.room, have)
 
     def merged(self, state: FedJETsState) -> MoEState:
         return state.model
@@ -190,6 +198,18 @@ class FedJETs:
     ) -> Assignment:
         whole = Assignment(state.round, state.model.only(sub_moe), sub_moe, **more)  # type: ignore[arg-type]
         return sent_once(whole, self.frozen, client in state.have)
+
+
+@dataclass(frozen=True)
+class ByPart:
+    """What a client's gate weighs in the mean: by the part that the client plays."""
+
+    anchors: frozenset[int]
+    anchor_weight: int
+    normal_weight: int
+
+    def __call__(self, update: ClientUpdate) -> int:
+        return self.anchor_weight if update.client in self.anchors else self.normal_weight
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,14 @@ How ours differs, and why, is measured in simulations/LOG.md:
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from fedmoe.federated.average import (
-    Mean,
-    Weigh,
-    average_by_expert,
-    by_examples,
-    by_tokens,
-)
+from fedmoe.federated.average import ByExpert, Weigh, averaged, by_examples, by_tokens
 from fedmoe.federated.fedavg import random_choice
+from fedmoe.federated.folding import fold
 from fedmoe.federated.select import (
     expert_bytes_of,
     experts_that_fit,
@@ -49,8 +44,11 @@ from fedmoe.federated.similar import (
     similarity,
     smoothed,
 )
+from fedmoe.federated.sums import Sums
+from fedmoe.population import ById, Population, by_id, first_of_each_budget
 from fedmoe.rng import numpy_generator
 from fedmoe.state import parameter_bytes, rows_of
+from fedmoe.table import Form, Table, ids_of
 from fedmoe.types import (
     ActivationProfile,
     Assignment,
@@ -62,7 +60,14 @@ from fedmoe.types import (
     MoEState,
     State,
     SubMoE,
+    Term,
+    Terms,
 )
+
+KIN = "kin"  # (KIN, g) is the key of the mean of group g's shared parts
+NEIGHBOURHOOD = 0  # keys the draw of clients among whom similar ones are sought
+
+V = TypeVar("V")
 
 
 def mass(profile: ActivationProfile) -> Tensor:
@@ -73,6 +78,19 @@ def mass(profile: ActivationProfile) -> Tensor:
 def frequency(profile: ActivationProfile) -> Tensor:
     """Share of activations that each expert gets, (L, E): the paper's p."""
     return profile.frequency_LE
+
+
+@dataclass(frozen=True)
+class WithKin(ByExpert):
+    """Terms by expert, and the shared part once more for the client's group."""
+
+    kin: Mapping[int, int] = field(default_factory=dict)
+
+    def __call__(self, update: ClientUpdate) -> Iterator[Term]:
+        yield from super().__call__(update)
+        if update.model.shared and update.client in self.kin:
+            group = self.kin[update.client]
+            yield Term((KIN, group), update.model.shared, update.num_examples)
 
 
 @dataclass(frozen=True)
@@ -92,14 +110,24 @@ class FedMoEState:
     round: int
     model: MoEState
     clients: Mapping[int, ClientInfo]
-    p: Mapping[int, Tensor]  # (L, E) float64: last observed share, by client
-    seen: Mapping[int, Tensor]  # (L, E) int64: round of that observation, -1 for never
+    p: Mapping[int, Tensor]  # (L, E), of a population float32: last observed share, by client
+    seen: Mapping[int, Tensor]  # (L, E): round of that observation, -1 for never
     whole: Mapping[int, bool]  # whether the client trained the full model while exploring
     sub_moes: Mapping[int, SubMoE]  # of the clients that have been given one
     progress: Mapping[int, Progress]
-    changes: tuple[Change, ...] = ()  # made at the end of the last round
+    changes: tuple[Change, ...] = ()  # made in the last round
     kin: Mapping[int, int] = field(default_factory=dict)  # group of similar clients, by client
     shared: Mapping[int, State] = field(default_factory=dict)  # shared part, by group
+    chosen: tuple[Change, ...] = ()  # made in this round, before its work
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """Clients among whom similar ones are sought, and how similar they are."""
+
+    known: Sequence[int]  # ascending
+    p_KLE: Tensor
+    sim_KK: Tensor
 
 
 @dataclass(frozen=True)
@@ -130,6 +158,11 @@ class FedMoE:
         adjusts: what advice may do, "both", "add" or "drop". Paper: both.
         neighbours: K of Eq. 5. Paper: silent.
         same_task_only: take advice from clients of the same task alone. Paper: from all.
+        neighbourhood: similar clients are sought among all that have taken part while these are
+            no more, and else among so many of them, drawn anew in each round. Paper: all.
+        ask_newcomers: once exploring is over, a client that comes for the first time scouts and
+            trains in one round, by one more message down and up. Default: it scouts, and trains
+            when it takes part again; where few of many do, that may be never.
         weigh: of an expert in the average: tokens (ours) or examples (paper, as we read it).
         kinship: how far a group of similar clients has a shared part of its own: 0, one for all
             (paper), to 1, its clients' mean alone. Where kinds of data contradict each other, what
@@ -154,6 +187,8 @@ class FedMoE:
     adjusts: Literal["both", "add", "drop"] = "both"
     neighbours: int = 3
     same_task_only: bool = False
+    neighbourhood: int = 500
+    ask_newcomers: bool = False
     weigh: Weigh = by_tokens
     kinship: float = 0.0
     alike: float = 0.8
@@ -169,7 +204,12 @@ class FedMoE:
             raise ValueError(f"alpha must be above 0 and at most 1, got {self.alpha}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1 round or None, got {self.patience}")
-        for name, low in (("smooth_over", 0), ("neighbours", 1), ("min_experts", 1)):
+        for name, low in (
+            ("smooth_over", 0),
+            ("neighbours", 1),
+            ("min_experts", 1),
+            ("neighbourhood", 2),
+        ):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("sharpness", "min_delta"):
@@ -190,14 +230,27 @@ class FedMoE:
                     f"min_experts must be at most the {count} experts of layer {layer}, "
                     f"got {self.min_experts}"
                 )
-        for c in clients:
+        for c in first_of_each_budget(clients):
             if c.memory_bytes is not None:
                 self._check_memory(model, c)
         first: Mapping[int, SubMoE] = {}
-        if not self.explore_rounds:
-            limited = [replace(c, memory_bytes=self._first_limit(model, c)) for c in clients]
-            first = random_choice(model, limited, self.seed)
-        return FedMoEState(0, model, {c.id: c for c in clients}, {}, {}, {}, first, {})
+        if not self.explore_rounds and not isinstance(clients, Population):
+            first = self._drawn(model, clients)
+        return FedMoEState(0, model, by_id(clients), {}, {}, {}, first, {})
+
+    def ask(
+        self, state: FedMoEState, clients: Sequence[ClientInfo]
+    ) -> Mapping[int, Assignment]:
+        """Newcomers are to scout, if they are asked at all."""
+        if not self.ask_newcomers or state.round < self.explore_rounds:
+            return {}
+        return {c.id: self._scouting(state, c) for c in clients if self._held(state, c) is None}
+
+    def heard(self, state: FedMoEState, answers: Iterable[ClientUpdate]) -> FedMoEState:
+        notes = sorted(answers, key=lambda note: note.client)
+        state = self._observed(replace(state, changes=()), notes)
+        state = self._chosen(state, [note.client for note in notes])
+        return replace(state, changes=(), chosen=state.changes)
 
     def assign(
         self, state: FedMoEState, clients: Sequence[ClientInfo]
@@ -205,21 +258,29 @@ class FedMoE:
         return {c.id: self._assignment(state, c) for c in clients}
 
     def aggregate(self, state: FedMoEState, updates: Iterable[ClientUpdate]) -> FedMoEState:
-        notes: list[ClientUpdate] = []
-        groups = {g: Mean() for g in state.shared}
-        passing = _by_group(_noted(updates, notes), groups, state.kin)
-        model = average_by_expert(state.model, passing, self.weigh)
+        return fold(self, state, updates)
+
+    def terms(self, state: FedMoEState) -> Terms:
+        return WithKin(self.weigh, kin=state.kin) if state.kin else ByExpert(self.weigh)
+
+    def settle(
+        self, state: FedMoEState, sums: Sums, notes: Sequence[ClientUpdate]
+    ) -> FedMoEState:
+        model = averaged(state.model, sums)
         shared = {
-            g: _between(model.shared, mean.result(state.shared[g]), self.kinship)
-            for g, mean in groups.items()
+            g: _between(model.shared, sums.mean((KIN, g), own), self.kinship)
+            for g, own in state.shared.items()
         }
-        notes.sort(key=lambda note: note.client)  # they came as they pleased
+        state = self._with_drawn(state, notes)
         # An explorer's score is that of the full model, and must not be what its part is held to.
         scored = [note for note in notes if note.client in state.sub_moes]
-        state = self._observed(replace(state, model=model, shared=shared, changes=()), notes)
-        exploring = state.round + 1 < self.explore_rounds
-        if not exploring:
-            state = self._chosen(state)
+        state = replace(state, model=model, shared=shared, changes=state.chosen, chosen=())
+        state = self._observed(state, notes)
+        left = self.explore_rounds - (state.round + 1)  # rounds of exploring
+        if left <= 0:
+            came = [note.client for note in notes]
+            # Those who explored before the last such round have waited for its end.
+            state = self._chosen(state, ids_of(state.p).tolist() if left == 0 else came)
             state = self._advised(state, scored)
         return replace(state, round=state.round + 1)
 
@@ -236,8 +297,8 @@ class FedMoE:
 
     def _assignment(self, state: FedMoEState, client: ClientInfo) -> Assignment:
         everything = frozenset(state.model.experts)
-        if client.id in state.sub_moes:
-            sub_moe = state.sub_moes[client.id]
+        sub_moe = self._held(state, client)
+        if sub_moe is not None:
             own = state.model.shared
             if client.id in state.kin:
                 own = state.shared[state.kin[client.id]]
@@ -248,8 +309,36 @@ class FedMoE:
             )
         if self.explore_trains and fits_whole(client, state.model):
             return Assignment(state.round, state.model, everything)
+        return self._scouting(state, client)
+
+    def _held(self, state: FedMoEState, client: ClientInfo) -> SubMoE | None:
+        """The client's experts; None before it has any.
+
+        Where nobody explores, those of a population's clients are drawn when they are asked for.
+        """
+        if client.id in state.sub_moes:
+            return state.sub_moes[client.id]
+        if self.explore_rounds or not isinstance(state.clients, ById):
+            return None
+        return self._drawn(state.model, [client])[client.id]
+
+    def _drawn(self, model: MoEState, clients: Sequence[ClientInfo]) -> dict[int, SubMoE]:
+        limited = [replace(c, memory_bytes=self._first_limit(model, c)) for c in clients]
+        return random_choice(model, limited, self.seed)
+
+    def _with_drawn(self, state: FedMoEState, notes: Sequence[ClientUpdate]) -> FedMoEState:
+        """The state with what these clients held in this round, where it was drawn for it."""
+        new = {
+            note.client: held
+            for note in notes
+            if note.client not in state.sub_moes
+            and (held := self._held(state, state.clients[note.client])) is not None
+        }
+        return replace(state, sub_moes=self._with_sub_moes(state, new)) if new else state
+
+    def _scouting(self, state: FedMoEState, client: ClientInfo) -> Assignment:
         sub_moe = self._scouting_part(state, client)
-        rows = rows_of(state.model, everything - sub_moe)
+        rows = rows_of(state.model, frozenset(state.model.experts) - sub_moe)
         return Assignment(
             state.round, state.model.only(sub_moe), sub_moe, Job.SCOUT, absent_rows=rows
         )
@@ -274,66 +363,108 @@ class FedMoE:
 
     def _observed(self, state: FedMoEState, notes: Sequence[ClientUpdate]) -> FedMoEState:
         """Remember the last observed share per client and expert, and when it was."""
-        p, seen, whole = dict(state.p), dict(state.seen), dict(state.whole)
+        if not notes:
+            return state
+        p: dict[int, Tensor] = {}
+        seen: dict[int, Tensor] = {}
+        whole: dict[int, bool] = {}
         for note in notes:
             share_LE = self.measure(note.profile).double()
             if note.client in state.sub_moes:
                 observed_LE = _mask(state.sub_moes[note.client], share_LE)
             else:
                 observed_LE = torch.ones_like(share_LE, dtype=torch.bool)
-                whole[note.client] = whole.get(note.client, False) or bool(note.metrics)
-            old_LE = p.get(note.client, torch.zeros_like(share_LE))
-            when_LE = seen.get(note.client, torch.full(share_LE.shape, -1))
+                before = state.whole.get(note.client, False)
+                whole[note.client] = before or bool(note.metrics)
+            old_LE = state.p.get(note.client, torch.zeros_like(share_LE))
+            when_LE = state.seen.get(note.client, torch.full(share_LE.shape, -1))
             p[note.client] = torch.where(observed_LE, share_LE, old_LE)
             seen[note.client] = torch.where(observed_LE, state.round, when_LE)
-        return replace(state, p=p, seen=seen, whole=whole)
+        shape = tuple(next(iter(p.values())).shape)
+        return replace(
+            state,
+            p=_changed(state.p, p, Form(Tensor, dtype=self._precision(state), shape=shape)),
+            seen=_changed(state.seen, seen, Form(Tensor, dtype="int32", shape=shape)),
+            whole=_changed(state.whole, whole, Form(bool)),
+        )
 
-    def _chosen(self, state: FedMoEState) -> FedMoEState:
-        """Give a first sub-MoE to every client that has been observed and has none yet."""
-        known = sorted(state.p)
-        waiting = [k for k in known if k not in state.sub_moes]
-        if not waiting:
-            return state
+    def _precision(self, state: FedMoEState) -> str:
+        """Of p: half as many bytes where there may be very many."""
+        return "float32" if isinstance(state.clients, ById) else "float64"
+
+    def _known(self, state: FedMoEState, about: Iterable[int]) -> list[int]:
+        """Clients among whom those like `about` are sought, ascending; `about` are among them."""
+        if len(state.p) <= self.neighbourhood:
+            return [int(k) for k in ids_of(state.p)]
+        known = ids_of(state.kin if state.kin else state.p)
+        if len(known) > self.neighbourhood:
+            rng = numpy_generator(self.seed, state.round, 0, NEIGHBOURHOOD)
+            known = known[rng.choice(len(known), self.neighbourhood, replace=False)]
+        return sorted({*about, *known.tolist()})
+
+    def _chosen(self, state: FedMoEState, clients: Iterable[int]) -> FedMoEState:
+        """Give a first sub-MoE to those clients that have been observed and have none yet."""
+        waiting = [k for k in clients if k in state.p and k not in state.sub_moes]
+        for start in range(0, len(waiting), self.neighbourhood):
+            state = self._chosen_for(state, waiting[start : start + self.neighbourhood])
+        return state
+
+    def _chosen_for(self, state: FedMoEState, waiting: Sequence[int]) -> FedMoEState:
+        known = self._known(state, waiting)
         p_KLE = self._wanted(state, known)
-        sub_moes, changes = dict(state.sub_moes), list(state.changes)
+        place = {k: i for i, k in enumerate(known)}
+        sub_moes: dict[int, SubMoE] = {}
         sizes, shared = expert_bytes_of(state.model), parameter_bytes(state.model.shared)
         for k in waiting:
             sub_moes[k], _ = largest_coverage(
-                p_KLE[known.index(k)],
+                p_KLE[place[k]],
                 sizes,
                 self._first_limit(state.model, state.clients[k]),
                 shared_bytes=shared,
                 min_experts=self.min_experts,
                 theta_cap=self.theta_cap,
             )
-            changes.append(Change(k, "choose", tuple(sorted(sub_moes[k]))))
-        state = replace(state, sub_moes=sub_moes, changes=tuple(changes))
+        changes = [Change(k, "choose", tuple(sorted(sub_moes[k]))) for k in waiting]
+        state = replace(
+            state,
+            sub_moes=self._with_sub_moes(state, sub_moes),
+            changes=(*state.changes, *changes),
+        )
         return self._grouped(state, known) if self.kinship else state
+
+    def _with_sub_moes(
+        self, state: FedMoEState, changes: Mapping[int, SubMoE]
+    ) -> Mapping[int, SubMoE]:
+        form = Form(SubMoE, experts=tuple(sorted(state.model.experts)))
+        return _changed(state.sub_moes, changes, form)
 
     def _grouped(self, state: FedMoEState, known: Sequence[int]) -> FedMoEState:
         """Find groups once, when first there is a choice; who comes later joins the nearest."""
-        sim_KK = similarity(torch.stack([state.p[k] for k in known]), centred=self.centred)
+        sim_KK = similarity(_stacked(state.p, known), centred=self.centred)
+        kin: dict[int, int] = {}
         if not state.kin:
             kin = dict(zip(known, alike_groups(sim_KK, self.alike), strict=True))
-            return replace(state, kin=kin, shared=dict.fromkeys(kin.values(), state.model.shared))
-        kin = dict(state.kin)
-        settled = [i for i, k in enumerate(known) if k in kin]
+            shared = dict.fromkeys(kin.values(), state.model.shared)
+            return replace(state, kin=_changed({}, kin, Form(int)), shared=shared)
+        settled = [i for i, k in enumerate(known) if k in state.kin]
         for i, k in enumerate(known):
-            if k not in kin:
+            if k not in state.kin:
                 [nearest] = neighbours(sim_KK, i, 1, settled)
                 kin[k] = state.kin[known[nearest]]
-        return replace(state, kin=kin)
+        return replace(state, kin=_changed(state.kin, kin, Form(int)))
 
     def _wanted(self, state: FedMoEState, known: Sequence[int]) -> Tensor:
         """The shares to choose by, (K, L, E): measured or predicted, smoothed, balanced."""
-        p_KLE = torch.stack([state.p[k] for k in known])
+        p_KLE = _stacked(state.p, known)
         sim_KK = similarity(p_KLE, centred=self.centred)
         if self.predict:
             p_KLE = self._predicted(state, known, p_KLE, sim_KK)
         if self.smooth_over:
             p_KLE = smoothed(p_KLE, sim_KK, self.smooth_over)
         if self.sharpness and len(known) > 1:  # one client alone is like the mean client
-            room = [experts_that_fit(state.model, state.clients[k].memory_bytes) for k in known]
+            limits = [state.clients[k].memory_bytes for k in known]
+            fits = {limit: experts_that_fit(state.model, limit) for limit in set(limits)}
+            room = [fits[limit] for limit in limits]
             p_KLE = balanced_demand(p_KLE, torch.tensor(room), self.sharpness)
         return p_KLE
 
@@ -362,19 +493,21 @@ class FedMoE:
         """Stage two: a stuck client takes advice, keeps what helps, else goes back for good."""
         if self.patience is None:
             return state
-        progress, sub_moes = dict(state.progress), dict(state.sub_moes)
+        progress: dict[int, Progress] = {}
+        sub_moes: dict[int, SubMoE] = {}
         changes = list(state.changes)
+        around: Around | None = None
         for note in notes:
             score = note.metrics.get("trained_validation")
             if score is None:
                 continue
-            now = progress.get(note.client, Progress())
+            now = state.progress.get(note.client, Progress())
             if score > now.best + self.min_delta or now.best < 0:
                 progress[note.client] = replace(now, best=score, stale=0, previous=None)
                 continue
             now = replace(now, stale=now.stale + 1)
             if now.stale >= self.patience and not now.frozen:
-                held = sub_moes[note.client]
+                held = state.sub_moes[note.client]
                 if now.previous is not None:
                     sub_moes[note.client] = now.previous
                     back = tuple(sorted(held ^ now.previous))
@@ -384,30 +517,44 @@ class FedMoE:
                     ]
                     now = replace(now, stale=0, previous=None, frozen=True)
                 else:
-                    new = self.adjusted(state, note.client)
+                    around = around or self._around(state, [n.client for n in notes])
+                    new = self.adjusted(state, note.client, around)
                     if new != held:
                         action = "add" if len(new) > len(held) else "drop"
                         changes.append(Change(note.client, action, tuple(sorted(new ^ held))))
                         sub_moes[note.client] = new
                         now = replace(now, stale=0, previous=held)
             progress[note.client] = now
+        form = Form(Progress, experts=tuple(sorted(state.model.experts)))
         return replace(
-            state, progress=progress, sub_moes=sub_moes, changes=tuple(changes)
+            state,
+            progress=_changed(state.progress, progress, form),
+            sub_moes=self._with_sub_moes(state, sub_moes) if sub_moes else state.sub_moes,
+            changes=tuple(changes),
         )
 
-    def adjusted(self, state: FedMoEState, client: int) -> SubMoE:
+    def _around(self, state: FedMoEState, clients: Iterable[int]) -> Around:
+        known = self._known(state, clients)
+        p_KLE = _stacked(state.p, known)
+        return Around(known, p_KLE, similarity(p_KLE, centred=self.centred))
+
+    def adjusted(
+        self, state: FedMoEState, client: int, around: Around | None = None
+    ) -> SubMoE:
         """The client's experts after the advice of its K most similar clients (Eq. 4 to 6).
 
         n, the mean number of experts of those clients less its own, is rounded half away from
         zero. For n > 0 the n experts that they use most and it lacks are added as far as its
         memory goes; for n < 0 the |n| that they use least are dropped, never below
         `min_experts` of a layer. Without similar clients, or for n = 0, nothing changes.
+
+        Args:
+            around: among whom to seek them, itself among them; None: drawn for it alone.
         """
         held = state.sub_moes[client]
-        known = sorted(state.p)
+        around = around or self._around(state, [client])
+        known, p_KLE, sim_KK = around.known, around.p_KLE, around.sim_KK
         me = known.index(client)
-        p_KLE = torch.stack([state.p[k] for k in known])
-        sim_KK = similarity(p_KLE, centred=self.centred)
         task = state.clients[client].task
         among = [
             i
@@ -493,16 +640,6 @@ def as_published(explore_rounds: int = 5, alpha: float = 0.8, patience: int = 3)
     )
 
 
-def _by_group(
-    updates: Iterable[ClientUpdate], means: Mapping[int, Mean], kin: Mapping[int, int]
-) -> Iterator[ClientUpdate]:
-    """Pass updates on, and fold the shared part of each into its group's mean."""
-    for update in updates:
-        if update.model.shared and update.client in kin:
-            means[kin[update.client]].add(update.model.shared, update.num_examples)
-        yield update
-
-
 def _between(one: State, other: State, share: float) -> dict[str, Tensor]:
     """The way from `one` to `other`, as far as `share`; whole numbers are `one`'s."""
     return {
@@ -510,13 +647,14 @@ def _between(one: State, other: State, share: float) -> dict[str, Tensor]:
     }
 
 
-def _noted(
-    updates: Iterable[ClientUpdate], notes: list[ClientUpdate]
-) -> Iterator[ClientUpdate]:
-    """Pass updates on to be folded, and keep of each what is small."""
-    for update in updates:
-        notes.append(replace(update, model=MoEState({}, {})))
-        yield update
+def _stacked(p: Mapping[int, Tensor], clients: Iterable[int]) -> Tensor:
+    return torch.stack([p[k] for k in clients]).double()
+
+
+def _changed(values: Mapping[int, V], changes: Mapping[int, V], form: Form) -> Mapping[int, V]:
+    """Values with changes, in a table; `form` is of one that is not there yet."""
+    table = values if isinstance(values, Table) else Table.of(form, values)
+    return table | changes
 
 
 def _mask(sub_moe: SubMoE, like_LE: Tensor) -> Tensor:

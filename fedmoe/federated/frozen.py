@@ -4,13 +4,14 @@
 methods with an encoder must beat.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedmoe.federated.average import WeighShared, average_by_expert, shared_by_examples
+from fedmoe.federated.average import ByExpert, WeighShared, averaged, shared_by_examples
 from fedmoe.federated.fedavg import FedAvg, ServerState
+from fedmoe.federated.sums import Sums
 from fedmoe.state import NameTest, nothing
-from fedmoe.types import Assignment, ClientInfo, ClientUpdate, MoEState
+from fedmoe.types import Assignment, ClientInfo, ClientUpdate, MoEState, Terms
 
 
 def sent_once(assignment: Assignment, frozen: NameTest, has_them: bool) -> Assignment:
@@ -19,13 +20,6 @@ def sent_once(assignment: Assignment, frozen: NameTest, has_them: bool) -> Assig
     once = {} if has_them else {n: t for n, t in shared.items() if frozen(n)}
     rest = {n: t for n, t in shared.items() if not frozen(n)}
     return replace(assignment, model=MoEState(rest, assignment.model.experts), once=once)
-
-
-def noting(updates: Iterable[ClientUpdate], clients: set[int]) -> Iterator[ClientUpdate]:
-    """Pass updates on, and put into `clients` whose they are: these have what they were sent."""
-    for update in updates:
-        clients.add(update.client)
-        yield update
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +49,13 @@ class FedAvgOnFrozen(FedAvg):
         given = super().assign(state, clients)
         return {k: sent_once(a, self.frozen, k in state.have) for k, a in given.items()}
 
-    def aggregate(self, state: ServerState, updates: Iterable[ClientUpdate]) -> FrozenState:
+    def terms(self, state: ServerState) -> Terms:
+        return ByExpert(self.weigh, self.weigh_shared)
+
+    def settle(
+        self, state: ServerState, sums: Sums, notes: Sequence[ClientUpdate]
+    ) -> FrozenState:
+        """Who answered has what it was sent."""
         assert isinstance(state, FrozenState)
-        answered: set[int] = set()
-        passing = noting(updates, answered)
-        model = average_by_expert(state.model, passing, self.weigh, self.weigh_shared)
-        return FrozenState(state.round + 1, model, state.have | answered)
+        have = state.have.union(note.client for note in notes)
+        return FrozenState(state.round + 1, averaged(state.model, sums), have)

@@ -4,7 +4,7 @@ Shape suffixes: N examples, B examples of a batch, C classes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -48,6 +48,8 @@ EVALUATION_BATCH = 500  # examples; bounds the memory that an evaluation takes
 KEPT, ONCE = "kept:", "once:"  # mark, in what a client stores, a method's own and frozen tensors
 
 Adjust = Callable[[str, nn.Parameter], None]  # may change a parameter's gradient before a step
+BuildPart = Callable[[Callable[[], nn.Module], SubMoE], nn.Module]
+Done = tuple[ClientUpdate, MoEState | None]  # what goes to the server, and what a client keeps
 Forward = Callable[[nn.Module, Tensor], Tensor]  # a model and inputs (B, ...) to logits (B, C)
 
 
@@ -209,7 +211,7 @@ def work(
     personal: MoEState | None,
     seed: int,
     device: torch.device | str = "cpu",
-) -> tuple[ClientUpdate, MoEState | None]:
+) -> Done:
     """Do what the server assigned. Profiling the training costs no pass of its own.
 
     Args:
@@ -222,6 +224,34 @@ def work(
     Raises:
         ValueError: the assignment does not fit the model, the client has no training data, or
             its loss is not finite.
+    """
+    steps = working(client, assignment, factory, data, plan, personal, seed, device)
+    try:
+        task = next(steps)
+        steps.send(task.plan.method.train(task))
+    except StopIteration as end:
+        done: Done = end.value
+        return done
+    raise AssertionError("a client trains once")
+
+
+def working(
+    client: int,
+    assignment: Assignment,
+    factory: Callable[[], nn.Module],
+    data: ClientData,
+    plan: LocalPlan,
+    personal: MoEState | None,
+    seed: int,
+    device: torch.device | str = "cpu",
+    build: BuildPart = build_part,
+) -> Generator[LocalTask, Trained, Done]:
+    """`work`, whose training somebody else does: yields the task, is sent what came of it.
+
+    A job without training returns at once.
+
+    Args:
+        build: what makes the client's model, to be loaded; it may have been another client's.
     """
     device = torch.device(device)
     plan = replace(plan, lr=plan.lr * plan.lr_decay**assignment.round)
@@ -241,7 +271,7 @@ def work(
     rows = MoEState({}, assignment.absent_rows)
     if assignment.job is Job.SCOUT:
         rows = overlay(rows, own_rows(factory, plan.personal, personal))
-    model = build_part(factory, assignment.sub_moe)
+    model = build(factory, assignment.sub_moe)
     load_state(model, part, rows.experts)
     model.to(device)
     sizes = layer_sizes(model)
@@ -251,7 +281,7 @@ def work(
 
     def answer(
         profile: ActivationProfile, metrics: Mapping[str, float]
-    ) -> tuple[ClientUpdate, MoEState | None]:
+    ) -> Done:
         """Of a job that does not train; frozen parameters that came with it are kept."""
         update = ClientUpdate(client, num_examples, MoEState({}, {}), profile, metrics)
         return update, _together(personal, kept, frozen) if assignment.once else stored
@@ -276,7 +306,7 @@ def work(
     if assignment.evaluate:
         metrics["received_validation"] = accuracy(model, data.validation, device)
         metrics["received_test"] = accuracy(model, data.test, device)
-    trained = plan.method.train(task)
+    trained = yield task
     metrics["loss"] = trained.loss
     used = model if trained.used is None else trained.used
     if assignment.evaluate or assignment.validate:
@@ -418,7 +448,7 @@ def train(
     model.train()
     x_N, y_N = examples.x.to(device), examples.y.to(device)
     for phase in plan.phases:
-        moves = _both(phase.trains, other_than(plan.frozen))
+        moves = moving_in(phase, plan)
         moving = [(n, p) for n, p in named_by_role(model) if moves(n)]
         if not moving or phase.epochs < 1:
             continue
@@ -458,13 +488,17 @@ def train(
                 seen += len(index_B)
     for p in model.parameters():
         p.requires_grad_(True)
-    mean_loss = loss_sum / max(seen, 1)
+    return total, finite_loss(loss_sum / max(seen, 1), plan, client)
+
+
+def finite_loss(mean_loss: float, plan: LocalPlan, client: int) -> float:
+    """Raise ValueError for one that is not."""
     if not math.isfinite(mean_loss):
         raise ValueError(
             f"client {client}: the training loss must be finite, got {mean_loss}; "
             f"a smaller lr than {plan.lr} may help"
         )
-    return total, mean_loss
+    return mean_loss
 
 
 @torch.no_grad()
@@ -549,6 +583,11 @@ def _spare_unused_experts(layers: Layers, profile: ActivationProfile) -> None:
             if not count_E[int(number)]:
                 for p in expert.parameters():
                     p.grad = None
+
+
+def moving_in(phase: Phase, plan: LocalPlan) -> NameTest:
+    """Which parameters move in this phase."""
+    return _both(phase.trains, other_than(plan.frozen))
 
 
 def _both(a: NameTest, b: NameTest) -> NameTest:

@@ -6,8 +6,10 @@ A control, not a method: in a real federation nobody tells the server which clie
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmoe.federated.average import average_by_expert
-from fedmoe.types import Assignment, Change, ClientInfo, ClientUpdate, MoEState
+from fedmoe.federated.average import ByExpert, averaged
+from fedmoe.federated.folding import fold
+from fedmoe.federated.sums import Sums
+from fedmoe.types import Assignment, Change, ClientInfo, ClientUpdate, MoEState, Term, Terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +36,16 @@ class PerGroup:
         return {k: Assignment(state.round, m, frozenset(m.experts)) for k, m in models.items()}
 
     def aggregate(self, state: GroupStates, updates: Iterable[ClientUpdate]) -> GroupStates:
-        by_group: dict[str, list[ClientUpdate]] = {name: [] for name in state.models}
-        for update in updates:
-            by_group[self.groups[update.client]].append(update)
+        return fold(self, state, updates)
+
+    def terms(self, state: GroupStates) -> Terms:
+        return InGroups(self.groups)
+
+    def settle(
+        self, state: GroupStates, sums: Sums, notes: Sequence[ClientUpdate]
+    ) -> GroupStates:
         models = {
-            name: average_by_expert(model, _in_turn(by_group[name]))
-            for name, model in state.models.items()
+            name: averaged(model, sums.within(name)) for name, model in state.models.items()
         }
         return GroupStates(state.round + 1, models)
 
@@ -53,6 +59,12 @@ class PerGroup:
         return ()
 
 
-def _in_turn(updates: list[ClientUpdate]) -> Iterator[ClientUpdate]:
-    while updates:
-        yield updates.pop()
+@dataclass(frozen=True)
+class InGroups:
+    """Terms by expert, for the means of the client's group."""
+
+    groups: Mapping[int, str]
+
+    def __call__(self, update: ClientUpdate) -> Iterator[Term]:
+        for key, state, weight in ByExpert()(update):
+            yield Term((self.groups[update.client], key), state, weight)

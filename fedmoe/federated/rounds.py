@@ -3,9 +3,19 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, cast
+from typing import Generic, TypeGuard, cast
 
-from fedmoe.federated.check import RefusedUpdateError, check_update
+from fedmoe.federated.check import Check, RefusedUpdateError
+from fedmoe.federated.folding import (
+    Accept,
+    Folded,
+    FoldingExchange,
+    FoldingStrategy,
+    Measure,
+    folds,
+)
+from fedmoe.federated.sums import Sums
+from fedmoe.population import by_id, in_order
 from fedmoe.rng import numpy_generator
 from fedmoe.state import parameter_bytes
 from fedmoe.types import (
@@ -22,10 +32,12 @@ from fedmoe.types import (
     S,
     Strategy,
     SubMoE,
+    Terms,
 )
 
 SAMPLING = 0  # keys the generator that samples clients; clients' own keys are (round, client)
 DROPPING_OUT = 1  # and the one that says which of them drop out
+EVALUATING = 2  # and the one that samples those of the closing evaluation
 
 
 @dataclass
@@ -56,6 +68,8 @@ class Schedule:
     `quotas` has sets of clients, and how many of each take part in a round: for methods whose
     clients have parts to play. `drop_out` is the chance that a client which was sampled and sent
     its assignment never answers, a round's clients each on their own.
+
+    Of a `Population` only those who take part are looked at, however many there are.
     """
 
     rounds: int
@@ -64,6 +78,7 @@ class Schedule:
     evaluate_every: int = 1  # rounds between evaluations; the last state is always evaluated
     drop_out: float = 0.0
     quotas: tuple[tuple[frozenset[int], int], ...] = ()  # in place of clients_per_round
+    evaluate_clients: int | None = None  # sampled for the closing evaluation; None: all of them
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -72,6 +87,8 @@ class Schedule:
             raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}")
         if self.clients_per_round is not None and self.clients_per_round < 1:
             raise ValueError(f"clients_per_round must be at least 1, got {self.clients_per_round}")
+        if self.evaluate_clients is not None and self.evaluate_clients < 1:
+            raise ValueError(f"evaluate_clients must be at least 1, got {self.evaluate_clients}")
         if self.quotas and self.clients_per_round is not None:
             raise ValueError(
                 f"clients_per_round must be None where there are quotas, got "
@@ -92,11 +109,11 @@ class Schedule:
         Raises:
             ValueError: more are wanted than there are, or a quota is of a client that is not.
         """
-        ordered = sorted(clients, key=lambda c: c.id)
+        ordered = in_order(clients)
         if self.quotas:
             return self._by_quota(round, ordered)
         if self.clients_per_round is None:
-            return ordered
+            return list(ordered)
         if self.clients_per_round > len(ordered):
             raise ValueError(
                 f"clients_per_round must be at most the {len(ordered)} clients, "
@@ -107,17 +124,28 @@ class Schedule:
         )
         return [ordered[i] for i in sorted(chosen)]
 
+    def evaluated(self, clients: Sequence[ClientInfo]) -> list[ClientInfo]:
+        """The clients of the closing evaluation, in order of id; a draw keyed by the seed alone."""
+        ordered = in_order(clients)
+        if self.evaluate_clients is None or self.evaluate_clients >= len(ordered):
+            return list(ordered)
+        chosen = numpy_generator(self.seed, SAMPLING, SAMPLING, EVALUATING).choice(
+            len(ordered), self.evaluate_clients, replace=False
+        )
+        return [ordered[i] for i in sorted(chosen)]
+
     def _by_quota(self, round: int, ordered: Sequence[ClientInfo]) -> list[ClientInfo]:
+        known = by_id(ordered)
         chosen: set[int] = set()
         for place, (group, count) in enumerate(self.quotas):
-            if strangers := group - {c.id for c in ordered}:
+            if strangers := {c for c in group if c not in known}:
                 raise ValueError(
                     f"quotas must be of the {len(ordered)} clients that train, got client "
                     f"{min(strangers)} ({len(strangers)} such in all)"
                 )
             rng = numpy_generator(self.seed, round, SAMPLING, SAMPLING, place)
             chosen |= {int(c) for c in rng.choice(sorted(group), count, replace=False)}
-        return [c for c in ordered if c.id in chosen]
+        return [known[c] for c in sorted(chosen)]
 
     def drop_outs(self, round: int, clients: Sequence[ClientInfo]) -> frozenset[int]:
         """Who of a round's clients will not answer; every draw keyed by (seed, round, client)."""
@@ -128,9 +156,6 @@ class Schedule:
             for c in clients
             if numpy_generator(self.seed, round, c.id, DROPPING_OUT).random() < self.drop_out
         )
-
-
-Measure = Callable[[Assignment | ClientUpdate], int]  # bytes on the wire
 
 
 def run_rounds(
@@ -149,7 +174,8 @@ def run_rounds(
     """Assign, exchange, aggregate; at last evaluate what every client would then be given.
 
     A client that fails, or whose update is refused, is left out of its round and counted; the
-    run goes on. An update is folded as it arrives.
+    run goes on. An update is folded as it arrives, or, where the strategy says what to add up and
+    the exchange can do it, already where its client runs.
 
     Args:
         first: the round to begin with, when `state` comes from a checkpoint.
@@ -172,19 +198,16 @@ def run_rounds(
             client: prepare(replace(a, evaluate=evaluate and a.job is Job.TRAIN))
             for client, a in strategy.assign(state, answering).items()
         }
-        updates = _accepted(reached, assignments, strategy.merged(state), report, measure)
-        state = strategy.aggregate(state, updates)
-        for _ in updates:  # a strategy that does not train reads none; let the clients finish
-            pass
+        state = _aggregated(strategy, state, reached, assignments, report, measure)
         report.state, report.changes = state, strategy.changes(state)
         report.seconds = time.perf_counter() - started
         after_round(report)
 
     if first <= schedule.rounds:
-        everyone = sorted(clients, key=lambda c: c.id)
+        asked = schedule.evaluated(clients)
         report = RoundReport(schedule.rounds, "final", state)
         started = time.perf_counter()
-        given = _given(strategy, state, everyone, exchange, report, measure, prepare)
+        given = _given(strategy, state, asked, exchange, report, measure, prepare)
         assignments = {
             client: prepare(replace(a, job=Job.EVALUATE, evaluate=True, round=schedule.rounds))
             for client, a in given.items()
@@ -206,14 +229,45 @@ def _but_for(exchange: Exchange, silent: frozenset[int]) -> Exchange:
     if not silent:
         return exchange
 
-    def reached(
-        assignments: Mapping[int, Assignment],
-    ) -> Iterator[ClientUpdate | ClientFailure]:
-        for client in sorted(silent & assignments.keys()):
-            yield ClientFailure(client, "dropped out")
-        yield from exchange({k: a for k, a in assignments.items() if k not in silent})
+    return _FoldingButFor(exchange, silent) if _can_fold(exchange) else _ButFor(exchange, silent)
 
-    return reached
+
+@dataclass(frozen=True)
+class _ButFor:
+    exchange: Exchange
+    silent: frozenset[int]
+
+    def __call__(
+        self, assignments: Mapping[int, Assignment]
+    ) -> Iterator[ClientUpdate | ClientFailure]:
+        yield from self._lost(assignments)
+        yield from self.exchange(self._left(assignments))
+
+    def _lost(self, assignments: Mapping[int, Assignment]) -> Iterator[ClientFailure]:
+        for client in sorted(self.silent & assignments.keys()):
+            yield ClientFailure(client, "dropped out")
+
+    def _left(self, assignments: Mapping[int, Assignment]) -> dict[int, Assignment]:
+        return {k: a for k, a in assignments.items() if k not in self.silent}
+
+
+@dataclass(frozen=True)
+class _FoldingButFor(_ButFor):
+    exchange: FoldingExchange
+
+    def fold(
+        self,
+        assignments: Mapping[int, Assignment],
+        terms: Terms,
+        accept: Accept,
+        measure: Measure,
+    ) -> Iterator[Folded | ClientFailure]:
+        yield from self._lost(assignments)
+        yield from self.exchange.fold(self._left(assignments), terms, accept, measure)
+
+
+def _can_fold(exchange: Exchange) -> TypeGuard[FoldingExchange]:
+    return hasattr(exchange, "fold")
 
 
 def _lost(report: RoundReport[S]) -> set[int]:
@@ -294,6 +348,97 @@ def _served(
     return served
 
 
+def _aggregated(
+    strategy: Strategy[S],
+    state: S,
+    exchange: Exchange,
+    assignments: Mapping[int, Assignment],
+    report: RoundReport[S],
+    measure: Measure,
+) -> S:
+    """The state after the clients' work, folded there or here."""
+    if folds(strategy) and _can_fold(exchange):
+        return _folded(strategy, state, exchange, assignments, report, measure)
+    updates = _accepted(exchange, assignments, strategy.merged(state), report, measure)
+    state = strategy.aggregate(state, updates)
+    for _ in updates:  # a strategy that does not train reads none; let the clients finish
+        pass
+    return state
+
+
+def _folded(
+    strategy: FoldingStrategy[S],
+    state: S,
+    exchange: FoldingExchange,
+    assignments: Mapping[int, Assignment],
+    report: RoundReport[S],
+    measure: Measure,
+) -> S:
+    """The state after a round whose updates are folded where clients run."""
+    _write_down(report, assignments, measure)
+    accept = _check_of(strategy.merged(state))
+    sums, notes, answered = Sums(), list[ClientUpdate](), set[int]()
+    for reply in exchange.fold(assignments, strategy.terms(state), accept, measure):
+        if isinstance(reply, ClientFailure):
+            report.failed.append(reply)
+            continue
+        report.bytes_up += sum(note.bytes_up for note in reply.notes)
+        report.bytes_up += sum(it.bytes_up for it in reply.refused)
+        report.refused += [ClientFailure(it.client, it.reason) for it in reply.refused]
+        updates = [note.update for note in reply.notes]
+        if why := _why_not(updates, assignments, answered):
+            report.refused += [ClientFailure(u.client, why) for u in updates]
+            continue
+        sums.merge(reply.sums)
+        notes += updates
+        for update in updates:
+            _write_up(report, update, answered)
+    _write_missing(report, assignments, answered)
+    notes.sort(key=lambda note: note.client)
+    return strategy.settle(state, sums, notes)
+
+
+def _why_not(
+    updates: Sequence[ClientUpdate], assignments: Mapping[int, Assignment], answered: set[int]
+) -> str | None:
+    """Why sums of these updates cannot be used; one that is wrong cannot be taken out of them."""
+    seen = set(answered)
+    for update in updates:
+        if update.client not in assignments:
+            return f"client {update.client}: was not asked this round"
+        if update.client in seen:
+            return f"client {update.client}: has answered this round already"
+        seen.add(update.client)
+    return None
+
+
+def _check_of(model: MoEState | None) -> Check:
+    return Check(None if model is None else frozenset(model.experts))
+
+
+def _write_down(
+    report: RoundReport[S], assignments: Mapping[int, Assignment], measure: Measure
+) -> None:
+    report.held |= {client: a.sub_moe for client, a in assignments.items()}
+    report.bytes_down += sum(measure(a) for a in assignments.values())
+    report.bytes_once += sum(parameter_bytes(a.once) for a in assignments.values())
+
+
+def _write_up(report: RoundReport[S], update: ClientUpdate, answered: set[int]) -> None:
+    answered.add(update.client)
+    report.profiles[update.client] = update.profile
+    report.metrics[update.client] = update.metrics
+    report.num_examples[update.client] = update.num_examples
+
+
+def _write_missing(
+    report: RoundReport[S], assignments: Mapping[int, Assignment], answered: set[int]
+) -> None:
+    lost = _lost(report)
+    for client in sorted(set(assignments) - answered - lost):
+        report.failed.append(ClientFailure(client, "no answer"))
+
+
 def _accepted(
     exchange: Exchange,
     assignments: Mapping[int, Assignment],
@@ -302,30 +447,20 @@ def _accepted(
     measure: Measure,
 ) -> Iterator[ClientUpdate]:
     """The updates that may be folded, as they arrive; the rest is written into `report`."""
-    report.held |= {client: a.sub_moe for client, a in assignments.items()}
-    report.bytes_down += sum(measure(a) for a in assignments.values())
-    report.bytes_once += sum(parameter_bytes(a.once) for a in assignments.values())
-    answered: set[int] = set()
+    _write_down(report, assignments, measure)
+    check, answered = _check_of(model), set[int]()
     for reply in exchange(assignments):
         if isinstance(reply, ClientFailure):
             report.failed.append(reply)
             continue
         report.bytes_up += measure(reply)
         try:
-            if reply.client not in assignments:
-                raise RefusedUpdateError(f"client {reply.client}: was not asked this round")
-            if reply.client in answered:
-                raise RefusedUpdateError(f"client {reply.client}: has answered this round already")
-            assignment = assignments[reply.client]
-            check_update(reply, assignment, assignment.model if model is None else model)
+            if why_not := _why_not([reply], assignments, answered):
+                raise RefusedUpdateError(why_not)
+            check(reply, assignments[reply.client])
         except RefusedUpdateError as why:
             report.refused.append(ClientFailure(reply.client, str(why)))
             continue
-        answered.add(reply.client)
-        report.profiles[reply.client] = reply.profile
-        report.metrics[reply.client] = reply.metrics
-        report.num_examples[reply.client] = reply.num_examples
+        _write_up(report, reply, answered)
         yield reply
-    for client in sorted(set(assignments) - answered):
-        if client not in _lost(report):
-            report.failed.append(ClientFailure(client, "no answer"))
+    _write_missing(report, assignments, answered)

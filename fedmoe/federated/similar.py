@@ -4,6 +4,7 @@ Mei et al. 2024, arXiv:2408.11304. Shape suffixes: K clients, L MoE layers, E ex
 N = L * E.
 """
 
+import heapq
 from collections.abc import Sequence
 
 import torch
@@ -30,8 +31,8 @@ def similarity(p_KLE: Tensor, *, centred: bool = False) -> Tensor:
 
 def neighbours(sim_KK: Tensor, client: int, count: int, among: Sequence[int]) -> list[int]:
     """The `count` positions most similar to `client`, itself left out; ties by position (Eq. 5)."""
-    others = sorted((k for k in among if k != client), key=lambda k: (-float(sim_KK[client, k]), k))
-    return others[:count]
+    row = sim_KK[client].tolist()
+    return heapq.nsmallest(count, (k for k in among if k != client), key=lambda k: (-row[k], k))
 
 
 def advice(

@@ -36,13 +36,13 @@ def plain_ffns(experts: Iterable[nn.Module], x_RD: Tensor) -> list[PlainFFN] | N
     any_dtype = torch.is_autocast_enabled(x_RD.device.type)
     plain = []
     for expert in experts:
-        if type(expert) is not FFN or _hooked(expert):
+        if type(expert) is not FFN or is_hooked(expert):
             return None
         # Not `expert.up.weight`: nn.Module looks its attributes up slowly.
         up, down = expert._modules["up"], expert._modules["down"]
         if type(up) is not nn.Linear or type(down) is not nn.Linear:
             return None
-        if _hooked(up) or _hooked(down):
+        if is_hooked(up) or is_hooked(down):
             return None
         u, d = up._parameters, down._parameters
         tensors = (u["weight"], u["bias"], d["weight"], d["bias"])
@@ -52,7 +52,7 @@ def plain_ffns(experts: Iterable[nn.Module], x_RD: Tensor) -> list[PlainFFN] | N
     return plain
 
 
-def _hooked(m: nn.Module) -> bool:
+def is_hooked(m: nn.Module) -> bool:
     return bool(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     )

@@ -20,7 +20,11 @@ numbers as strings. Readers ignore fields that they do not know; every field bel
     model_parameters  parameters of the full model
     full_bytes        bytes of the full model, serialised
     clients           [{"id", "group" (its domain or task; or null), "memory_bytes" (its limit;
-                      or null), "num_train", "num_validation", "num_test"}, ...]
+                      or null), "num_train", "num_validation", "num_test"}, ...]; where there are
+                      more than 1,000, those whom the closing evaluation asks
+    others            null where all clients are listed (or missing), else of those that are not:
+                      {"count", "num_train" (of all of them), "least_memory_bytes" and
+                      "most_memory_bytes" (of all clients; or null), "clients_hash"}
 
 `rounds.jsonl`, one object on a line per round, in order, each flushed to disk before the next:
 
@@ -45,8 +49,9 @@ numbers as strings. Readers ignore fields that they do not know; every field bel
                   "received_test", "trained_validation", "trained_test"}, ...}: of the model as
                   it arrived in this round, so after `round` rounds, and after local training on
                   it; any of the four may be missing
-    global        accuracy on all clients' test parts together of the merged model as this round
-                  began, so after `round` rounds; null where not measured
+    global        accuracy on all clients' test parts together (or on those of the clients whom the
+                  closing evaluation asks) of the merged model as this round began, so after
+                  `round` rounds; null where not measured
     memory_bytes  {"0": peak bytes that the client needed, ...}; may be empty
     model_hash    hash of the merged model after the round
     unseen        {"30": {"served_test", "bytes_down", "bytes_up", ...}, ...}: in the closing
@@ -70,6 +75,7 @@ from fedmoe.report.fields import LogError, parse
 from fedmoe.report.records import (
     ClientAccuracy,
     ClientEntry,
+    Others,
     RoundRecord,
     RunInfo,
     check_record,
@@ -79,6 +85,7 @@ __all__ = [
     "ClientAccuracy",
     "ClientEntry",
     "LogError",
+    "Others",
     "RoundRecord",
     "Run",
     "RunInfo",

@@ -159,7 +159,7 @@ def client_memory_bytes(run: Run) -> int | None:
 def accepted_share(run: Run) -> float:
     """Share of the clients whose every update was taken."""
     refused = {f.client for r in run.rounds for f in r.refused}
-    return 1.0 - len(refused) / max(1, len(run.info.clients))
+    return 1.0 - len(refused) / max(1, run.info.num_clients)
 
 
 # --- rows of results --------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def result_row(run: Run, protocol: str) -> Row:
         "partition_hash": run.info.partition_hash,
         # further keys
         "experiment": run.info.experiment,
-        "num_clients": len(run.info.clients),
+        "num_clients": run.info.num_clients,
         "num_test": sum(c.num_test for c in run.info.clients),
         "num_classes": run.info.num_classes,
         "num_experts_L": list(run.info.num_experts_L),

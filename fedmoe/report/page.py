@@ -129,7 +129,7 @@ def _facts(runs: Sequence[Run]) -> list[str]:
     seeds = {run.info.seed for run in runs}
     facts = [
         _plural(len({run.info.method for run in runs}), "method"),
-        _plural(len(info.clients), "client")
+        _plural(info.num_clients, "client")
         + (f" in {_plural(len(groups), 'group')}" if groups else ""),
     ]
     if experts:

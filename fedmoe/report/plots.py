@@ -207,7 +207,8 @@ def _final_dots(runs: Sequence[Run]) -> list[_Dot]:
         groups = {c.id: c.group for c in run.info.clients}
         final = final_evaluation(run)
         if final:
-            dots += [_Dot(a, c, run.info.seed, groups[c]) for c, a in sorted(final.chosen.items())]
+            seed = run.info.seed
+            dots += [_Dot(a, c, seed, groups.get(c)) for c, a in sorted(final.chosen.items())]
     return dots
 
 

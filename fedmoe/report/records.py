@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from fedmoe.report.fields import LogError, Value
 from fedmoe.types import Change, ClientFailure, ExpertId
@@ -51,6 +51,31 @@ class ClientEntry:
 
 
 @dataclass(frozen=True)
+class Others:
+    """What is told of the clients that a run does not list, where it has too many."""
+
+    count: int
+    num_train: int  # of all of them
+    least_memory_bytes: int | None  # of all clients, listed ones too; None: nobody has a limit
+    most_memory_bytes: int | None  # None: somebody has no limit
+    clients_hash: str  # of all clients
+
+    def to_json(self) -> Json:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(entry: Value) -> Others:
+        least, most = entry.get("least_memory_bytes"), entry.get("most_memory_bytes")
+        return Others(
+            count=entry.get("count").count(least=1),
+            num_train=entry.get("num_train").count(),
+            least_memory_bytes=None if least.is_null() else least.count(),
+            most_memory_bytes=None if most.is_null() else most.count(),
+            clients_hash=entry.get("clients_hash").text(),
+        )
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What is known of a run when it starts: run.json."""
 
@@ -66,6 +91,12 @@ class RunInfo:
     model_parameters: int
     full_bytes: int
     clients: Sequence[ClientEntry]
+    others: Others | None = None  # clients that are not listed; None: all are
+
+    @property
+    def num_clients(self) -> int:
+        """All that are registered, listed or not."""
+        return len(self.clients) + (0 if self.others is None else self.others.count)
 
     def to_json(self) -> Json:
         return {
@@ -82,6 +113,7 @@ class RunInfo:
             "model_parameters": int(self.model_parameters),
             "full_bytes": int(self.full_bytes),
             "clients": [c.to_json() for c in self.clients],
+            "others": None if self.others is None else self.others.to_json(),
         }
 
     @staticmethod
@@ -105,6 +137,7 @@ class RunInfo:
             model_parameters=run.get("model_parameters").count(),
             full_bytes=run.get("full_bytes").count(),
             clients=clients,
+            others=_others_from_json(run.find("others")),
         )
 
 
@@ -247,7 +280,7 @@ def check_record(record: RoundRecord, info: RunInfo, where: str) -> None:
     )
     for name, clients in named:
         for client in clients:
-            if client not in known:
+            if client not in known and info.others is None:
                 raise LogError(f"{where}: field '{name}' names client {client}, not in run.json")
     if (record.phase == "final") != (record.round == info.rounds) or record.round > info.rounds:
         raise LogError(
@@ -310,6 +343,11 @@ def _layers_to_json(per_client: Mapping[int, Sequence[Sequence[int]]]) -> Json:
 
 def _layers_from_json(value: Value) -> dict[int, tuple[tuple[int, ...], ...]]:
     return {c: tuple(row.counts() for row in rows.list()) for c, rows in value.client_items()}
+
+
+def _others_from_json(value: Value | None) -> Others | None:
+    """Older logs have no such field."""
+    return None if value is None or value.is_null() else Others.from_json(value)
 
 
 def _unseen_from_json(value: Value | None) -> dict[int, dict[str, float]]:

@@ -60,7 +60,7 @@ def full_row(run: Run, protocol: str) -> Row:
 
 
 def _weighted(accuracy: Mapping[int, float], num_test: Mapping[int, int]) -> float | None:
-    weights = [num_test[c] for c in accuracy]
+    weights = [num_test.get(c, 0) for c in accuracy]
     return float(np.average(list(accuracy.values()), weights=weights)) if any(weights) else None
 
 

@@ -1,34 +1,23 @@
-from fractions import Fraction
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe.federated.average import (
-    GRID_BITS,
-    LIMIT,
-    UPDATE_LIMIT,
-    Mean,
+    ByExpert,
     average_by_expert,
+    averaged,
     by_examples,
     by_tokens,
-    reach_of,
     tokens_of,
 )
+from fedmoe.federated.sums import Sums
 from fedmoe.nn.vision import small_vit
 from fedmoe.state import ROW, split_state, state_hash
-from fedmoe.types import ClientUpdate, ExpertId, MoEState
+from fedmoe.types import ClientUpdate, ExpertId, MoEState, Term
 from tests.tiny import number, one_layer, profile, ragged, tiny, update
 
 E0, E1 = ExpertId(0, 0), ExpertId(0, 1)
-
-
-def test_a_mean_worked_by_hand():
-    mean = Mean()
-    mean.add({"v": number(1.0)}, 3)
-    mean.add({"v": number(5.0)}, 1)
-    assert mean.result({"v": number(9.0)})["v"].tolist() == [2.0]  # (3*1 + 1*5) / 4
 
 
 def test_experts_weigh_by_tokens_and_the_rest_by_examples():
@@ -65,16 +54,6 @@ def odd_state(seed, shape=(7,)):
 
 def bits(t):
     return t.contiguous().view(torch.uint8).tolist()
-
-
-@pytest.mark.parametrize("weight", [1, 7, 12_345])
-def test_one_holder_is_copied_bit_for_bit(weight):
-    state, old = odd_state(1), {n: torch.zeros_like(t) for n, t in odd_state(1).items()}
-    mean = Mean()
-    mean.add(state, weight)
-    assert {n: bits(t) for n, t in mean.result(old).items()} == {
-        n: bits(t) for n, t in state.items()
-    }
 
 
 def test_what_nobody_sent_or_used_stays_bit_for_bit():
@@ -153,17 +132,6 @@ def test_an_average_equals_its_definition(seed, weigh):
             torch.testing.assert_close(value.double(), slow_mean(pairs), rtol=0, atol=1e-6)
 
 
-@given(st.lists(st.tuples(st.floats(-4, 4), st.integers(1, 500)), min_size=2, max_size=9))
-def test_a_mean_is_off_by_at_most_half_a_step_of_the_grid_over_the_mean_weight(pairs):
-    mean = Mean()
-    for value, weight in pairs:
-        mean.add({"v": number(value, torch.float64)}, weight)
-    total = sum(weight for _, weight in pairs)
-    exact = sum(Fraction(value) * weight for value, weight in pairs) / total
-    error = abs(mean.result({"v": number(0.0, torch.float64)})["v"].item() - float(exact))
-    assert error <= 2.0 ** -(GRID_BITS + 1) * len(pairs) / total + 1e-15
-
-
 @pytest.mark.parametrize("make", [ragged, tiny, small_vit], ids=lambda m: m.__name__)
 def test_merging_unchanged_parts_of_all_clients_changes_nothing(make):
     base = split_state(make())
@@ -201,107 +169,6 @@ def test_a_row_moves_with_the_same_coefficients_as_its_expert(seed):
         assert bits(state["v"]) == bits(state[ROW + "w"])
 
 
-def test_a_name_that_only_some_send_is_averaged_over_those():
-    mean = Mean()
-    mean.add({"a": number(1.0), "b": number(1.0)}, 3)
-    mean.add({"a": number(5.0)}, 1)
-    mean.add({"c": number(8.0)}, 5)
-    result = mean.result({n: number(0.0) for n in "abcd"})
-    assert {n: t.item() for n, t in result.items()} == {"a": 2.0, "b": 1.0, "c": 8.0, "d": 0.0}
-
-
-def test_whole_numbers_are_averaged_to_the_nearest_and_keep_their_dtype():
-    mean = Mean()
-    for value, weight in ((10, 1), (11, 2)):
-        state = {
-            "steps": torch.tensor(value),
-            "small": torch.tensor([value], dtype=torch.int16),
-            "mask": torch.tensor([value > 10, False]),
-        }
-        mean.add(state, weight)
-    old = {"steps": torch.tensor(0), "small": number(0, torch.int16), "mask": torch.ones(2).bool()}
-    result = mean.result(old)
-    assert result["steps"].item() == 11 and result["steps"].dtype == torch.int64  # 32 / 3
-    assert result["small"].tolist() == [11] and result["small"].dtype == torch.int16
-    assert result["mask"].tolist() == [True, False]  # 2 / 3 of the weight says yes
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_an_update_is_not_changed_by_being_folded(dtype):
-    states = [{"v": torch.tensor([value, 0.5], dtype=dtype)} for value in (1.0, 2.0, 4.0)]
-    mean = Mean()
-    for state in states:
-        mean.add(state, 2)
-    assert [s["v"].tolist() for s in states] == [[1.0, 0.5], [2.0, 0.5], [4.0, 0.5]]
-    result = mean.result({"v": torch.zeros(2, dtype=dtype)})["v"]
-    assert result.dtype == dtype
-    torch.testing.assert_close(result, torch.tensor([7 / 3, 0.5], dtype=dtype))
-
-
-def test_results_are_made_only_when_asked_for_and_again_the_same():
-    mean = Mean()
-    mean.add({"v": number(1.0)}, 1)
-    mean.add({"v": number(2.0)}, 1)
-    assert mean.result({"v": number(0.0)})["v"].tolist() == [1.5]
-    mean.add({"v": number(6.0)}, 1)
-    assert mean.result({"v": number(0.0)})["v"].tolist() == [3.0]
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 2.0 * LIMIT, -LIMIT / 2])
-def test_a_value_that_could_overflow_is_refused_and_nothing_of_it_folded(value):
-    mean = Mean()
-    mean.add({"a": number(1.0), "b": number(1.0)}, 1)
-    with pytest.raises(ValueError, match="'b': weight times value must stay below 17179869184"):
-        mean.add({"a": number(5.0), "b": number(value)}, 2)
-    mean.add({"a": number(3.0), "b": number(3.0)}, 1)
-    result = mean.result({"a": number(0.0), "b": number(0.0)})
-    assert result["a"].tolist() == result["b"].tolist() == [2.0]
-
-
-def test_the_bound_is_on_the_sum_and_holds_whatever_is_left_out_in_between():
-    mean, most = Mean(), LIMIT / 4
-    for _ in range(3):
-        mean.add({"v": number(most)}, 1)
-        mean.add({"other": number(1.0)}, 1)
-    with pytest.raises(ValueError, match="'v'"):
-        mean.add({"v": number(most)}, 1)
-    # Below the bound the sum on the grid is exact: nothing has wrapped around.
-    assert mean.result({"v": number(0.0), "other": number(0.0)})["v"].tolist() == [most]
-    assert LIMIT * 2.0**GRID_BITS == 2.0**62
-
-
-def test_a_thousand_updates_of_the_largest_size_can_be_summed():
-    mean, most = Mean(), torch.nextafter(number(UPDATE_LIMIT), number(0.0))
-    for _ in range(1000):
-        mean.add({"v": most}, 1)
-    assert torch.equal(mean.result({"v": number(0.0)})["v"], most)
-
-
-def test_the_least_whole_number_has_a_magnitude_too():
-    least = torch.iinfo(torch.int64).min
-    assert reach_of(torch.tensor([least]), 2) == 2.0 ** (64 - GRID_BITS)
-    assert reach_of(torch.tensor([False, True]), 3) == 3.0 / 2**GRID_BITS
-    assert reach_of(torch.tensor([-3.0, 2.0]), 2) == 6.0
-    assert reach_of(torch.zeros(0), 2) == 0.0
-    with pytest.raises(ValueError, match="must stay below"):
-        Mean().add({"v": torch.tensor([least])}, 1)
-
-
-def test_a_counter_may_grow_far_beyond_what_a_parameter_may():
-    steps, mean = torch.tensor(10**12), Mean()
-    assert reach_of(steps, 1000) < UPDATE_LIMIT
-    for more, weight in ((1, 999), (2, 1000), (4, 1)):
-        mean.add({"steps": steps + more}, weight)
-    # (1*999 + 2*1000 + 4) / 2000 = 1.5015
-    assert mean.result({"steps": steps})["steps"].item() == 10**12 + 2
-
-
-@pytest.mark.parametrize("weight", [0, -1])
-def test_a_weight_below_1_is_refused(weight):
-    with pytest.raises(ValueError, match=f"weight must be at least 1, got {weight}"):
-        Mean().add({"v": number(1.0)}, weight)
-
-
 def test_a_profile_that_does_not_reach_an_expert_says_0_tokens():
     p = profile([1, 2], [3, 4])
     assert [tokens_of(p, ExpertId(*e)) for e in [(1, 1), (0, 1), (2, 0), (0, 2)]] == [4, 2, 0, 0]
@@ -312,3 +179,22 @@ def test_the_model_is_not_changed_by_averaging():
     before = state_hash(base)
     average_by_expert(base, random_updates(4, seed=0))
     assert state_hash(base) == before
+
+
+def test_means_of_experts_that_the_model_has_not_are_refused():
+    sums = Sums()
+    sums.add([Term(ExpertId(7, 1), {"v": number(1.0)}, 1)])
+    with pytest.raises(ValueError, match="expert 1 of layer 7 is not in the model"):
+        averaged(one_layer(0.0, 0.0), sums)
+
+
+@given(st.data(), st.integers(0, 3), st.integers(1, 3))
+def test_updates_may_be_added_up_in_any_number_of_places(data, seed, num_places):
+    base, updates = split_state(ragged()), random_updates(5, seed)
+    places = [Sums() for _ in range(num_places)]
+    for one in updates:
+        places[data.draw(st.integers(0, num_places - 1))].add(ByExpert()(one))
+    first, *rest = data.draw(st.permutations(places))
+    for other in rest:
+        first.merge(other)
+    assert state_hash(averaged(base, first)) == state_hash(average_by_expert(base, updates))

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedmoe.federated.average import UPDATE_LIMIT
 from fedmoe.federated.check import MAX_EXAMPLES, MAX_TOKENS, RefusedUpdateError, check_update
+from fedmoe.federated.sums import UPDATE_LIMIT
 from fedmoe.types import ActivationProfile, Assignment, ExpertId, Job, MoEState
 from tests.tiny import number, profile, update
 

@@ -9,6 +9,8 @@ from fedmoe.federated.average import by_examples
 from fedmoe.federated.fedavg import random_choice
 from fedmoe.federated.fedmoe import FedMoE, FedMoEState, Progress, as_published, frequency, mass
 from fedmoe.federated.select import expert_bytes_of, memory_for
+from fedmoe.federated.similar import similarity
+from fedmoe.population import Population
 from fedmoe.state import ROW, parameter_bytes, split_state, state_hash
 from fedmoe.types import (
     ActivationProfile,
@@ -650,3 +652,131 @@ def test_group_averages_do_not_depend_on_who_answers_first():
     updates = [with_shared(k, state, v) for k, v in enumerate([0.1, 0.7, 1 / 3, 1e-3])]
     hashes = {content_hash(KIN.aggregate(state, order)) for order in permutations(updates)}
     assert len(hashes) == 1
+
+
+# Many clients
+
+
+def kinds(count, seed=0):
+    """Scouts' counts of clients of two kinds, each a little different."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 3, (count, 4), generator=draw)
+    base = torch.tensor([[9, 7, 1, 1], [1, 1, 7, 9]])
+    return [(base[k % 2] + noise[k]).tolist() for k in range(count)]
+
+
+def rounds_of(strategy, clients, counts, per_round=4):
+    """The state after everybody came once, in turns, and then everybody once more."""
+    state = strategy.init(MODEL, clients)
+    for start in range(0, 2 * len(counts), per_round):
+        came = [(start + i) % len(counts) for i in range(per_round)]
+        asked = strategy.ask(state, [clients[k] for k in came])
+        state = strategy.heard(state, [scouted(k, counts[k]) for k in asked]) if asked else state
+        given = strategy.assign(state, [clients[k] for k in came])
+        notes = [
+            scouted(k, counts[k]) if a.job is Job.SCOUT else scored(k, a.sub_moe, 0.5)
+            for k, a in given.items()
+        ]
+        state = strategy.aggregate(state, notes)
+    return state
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_population_is_served_as_a_tuple_is(asks):
+    clients = [ClientInfo(k, bytes_for(1 + k % 3), 5 + k) for k in range(16)]
+    strategy = FedMoE(kinship=0.5, patience=1, neighbours=2, ask_newcomers=asks)
+    ends = [rounds_of(strategy, c, kinds(16)) for c in (clients, Population.of(clients))]
+    assert ends[0].sub_moes == ends[1].sub_moes and len(ends[0].sub_moes) == 16
+    assert ends[0].progress == ends[1].progress and ends[0].kin == ends[1].kin
+    for k in range(16):  # half as precise
+        assert torch.allclose(ends[0].p[k], ends[1].p[k].double(), atol=1e-7)
+
+
+def test_one_poor_client_of_a_population_is_named():
+    memory = [bytes_for(3)] * 900 + [bytes_for(1)] * 99 + [1]
+    poor = Population.of([ClientInfo(k, m) for k, m in enumerate(memory)])
+    with pytest.raises(ValueError, match="client 999: memory_bytes must be at least 8"):
+        FedMoE().init(MODEL, poor)
+
+
+def test_without_exploring_a_population_draws_experts_for_those_who_come():
+    clients = [ClientInfo(k, bytes_for(1 + k)) for k in range(4)]
+    strategy = replace(PLAIN, explore_rounds=0, seed=7)
+    plain, lazy = (strategy.init(MODEL, c) for c in (clients, Population.of(clients)))
+    assert lazy.sub_moes == {}
+    given = [strategy.assign(s, clients[1:3]) for s in (plain, lazy)]
+    drawn = random_choice(MODEL, clients[1:3], 7)
+    assert [{k: a.sub_moe for k, a in g.items()} for g in given] == [drawn, drawn]
+    notes = [scored(k, plain.sub_moes[k], 0.5) for k in (1, 2)]
+    plain, lazy = (strategy.aggregate(s, notes) for s in (plain, lazy))
+    assert lazy.sub_moes == {k: plain.sub_moes[k] for k in (1, 2)}
+    assert lazy.p[1].tolist() == plain.p[1].tolist() and lazy.progress == plain.progress
+
+
+def test_newcomers_that_are_asked_scout_and_then_train_in_one_round():
+    clients = [ClientInfo(k, bytes_for(2)) for k in range(4)]
+    strategy = replace(PLAIN, explore_rounds=1, ask_newcomers=True)
+    state = strategy.init(MODEL, clients)
+    assert strategy.ask(state, clients) == {}  # all explore
+    state = strategy.aggregate(state, [scouted(0, [5, 1, 1, 1])])
+    asked = strategy.ask(state, clients[:3])
+    assert {k: a.job for k, a in asked.items()} == {1: Job.SCOUT, 2: Job.SCOUT}
+    state = strategy.heard(state, [scouted(2, [1, 1, 5, 4]), scouted(1, [1, 5, 4, 1])])
+    assert state.sub_moes == {0: chosen(0, 1), 1: chosen(1, 2), 2: chosen(2, 3)}
+    assert state.changes == ()  # a round's changes are told at its end
+    given = strategy.assign(state, clients[:3])
+    assert {k: a.job for k, a in given.items()} == dict.fromkeys(range(3), Job.TRAIN)
+    state = strategy.aggregate(state, [scored(k, a.sub_moe, 0.5) for k, a in given.items()])
+    assert [(c.client, c.action) for c in state.changes] == [(1, "choose"), (2, "choose")]
+    assert {k: state.progress[k] for k in range(3)} == dict.fromkeys(range(3), Progress(0.5, 0))
+    state = strategy.aggregate(state, [scored(0, state.sub_moes[0], 0.5)])
+    assert state.changes == () and strategy.ask(state, clients[:3]) == {}
+
+
+def test_by_default_nobody_is_asked():
+    state = PLAIN.init(MODEL, [ClientInfo(0)])
+    assert PLAIN.ask(replace(state, round=3), [ClientInfo(0)]) == {}
+    assert PLAIN.heard(state, []).sub_moes == {}
+
+
+def test_a_neighbourhood_that_holds_all_changes_nothing():
+    clients = [ClientInfo(k, bytes_for(2)) for k in range(16)]
+    base = FedMoE(kinship=1.0, patience=1)
+    wide, narrow = (
+        rounds_of(replace(base, neighbourhood=n), clients, kinds(16)) for n in (16, 500)
+    )
+    assert content_hash(wide) == content_hash(narrow)
+
+
+def test_a_small_neighbourhood_still_serves_everybody_and_finds_the_kinds():
+    clients = [ClientInfo(k, bytes_for(2)) for k in range(40)]
+    strategy = FedMoE(kinship=1.0, patience=1, neighbourhood=8, alike=0.3, seed=3)
+    state = rounds_of(strategy, clients, kinds(40))
+    assert len(state.sub_moes) == len(state.kin) == 40
+    by_kind = [{state.kin[k] for k in range(kind, 40, 2)} for kind in (0, 1)]
+    assert not by_kind[0] & by_kind[1]  # clients joined those that are like them
+    assert content_hash(state) == content_hash(rounds_of(strategy, clients, kinds(40)))
+
+
+def test_no_more_than_the_neighbourhood_is_compared(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "fedmoe.federated.fedmoe.similarity",
+        lambda p_KLE, centred: sizes.append(len(p_KLE)) or similarity(p_KLE, centred=centred),
+    )
+    clients = [ClientInfo(k, bytes_for(2)) for k in range(60)]
+    rounds_of(FedMoE(kinship=1.0, patience=1, neighbourhood=8), clients, kinds(60))
+    assert max(sizes) <= 8 + 4  # and those who take part
+
+
+def test_more_first_choices_at_once_than_a_neighbourhood_are_made_in_parts():
+    clients = [ClientInfo(k, bytes_for(2)) for k in range(50)]
+    strategy = FedMoE(kinship=1.0, neighbourhood=8)
+    state = strategy.init(MODEL, clients)
+    state = strategy.aggregate(state, [scouted(k, row) for k, row in enumerate(kinds(50))])
+    assert len(state.sub_moes) == len(state.kin) == len(state.changes) == 50
+
+
+def test_a_neighbourhood_of_one_is_refused():
+    with pytest.raises(ValueError, match="neighbourhood must be at least 2, got 1"):
+        FedMoE(neighbourhood=1)

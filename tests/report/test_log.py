@@ -20,6 +20,7 @@ from fedmoe.report.log import (
     ClientAccuracy,
     ClientEntry,
     LogError,
+    Others,
     RoundRecord,
     Run,
     RunInfo,
@@ -319,3 +320,32 @@ def test_runs_come_by_method_then_seed(
 def test_a_place_without_runs_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no run"):
         read_runs(tmp_path)
+
+
+OTHERS = Others(998, 4000, 100, None, "0123456789abcdef")
+
+
+def test_clients_that_are_not_listed_are_told_in_sum(
+    tmp_path: Path, info: Callable[..., RunInfo], record: Callable[..., RoundRecord]
+) -> None:
+    log = RunLog.create(tmp_path / "run", replace(info(rounds=3), others=OTHERS))
+    log.append(replace(record(0), clients=[1, 700], held={700: [[1]]}))
+    run = read_run(tmp_path / "run")
+    assert run.info.others == OTHERS and run.info.num_clients == 1000
+    assert run.rounds[0].clients == (1, 700)
+
+
+def test_where_all_clients_are_listed_a_round_may_name_no_other(
+    log: RunLog, record: Callable[..., RoundRecord]
+) -> None:
+    with pytest.raises(LogError, match="'clients' names client 700, not in run.json"):
+        log.append(replace(record(0), clients=[700]))
+    assert log.info.num_clients == 2
+
+
+def test_a_run_without_word_of_others_lists_all(log: RunLog) -> None:
+    path = log.directory / "run.json"
+    raw = json.loads(path.read_text())
+    assert raw.pop("others") is None
+    path.write_text(json.dumps(raw))
+    assert read_run(log.directory).info.others is None

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmoe.federated.average import Mean, average_by_expert
+from fedmoe.federated.average import average_by_expert
 from fedmoe.federated.fedavg import FedAvg, ServerState
+from fedmoe.federated.sums import Mean
 from fedmoe.types import ClientUpdate, ExpertId, MoEState, State
 
 

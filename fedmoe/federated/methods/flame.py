@@ -5,6 +5,8 @@ f_ij is how often j is activated on i's data, and t is 2 to 4. FLAME's other hal
 fewer experts for a token and rescale the output, and its low-rank adapters are left out.
 """
 
+from functools import partial
+
 from fedmoe.federated.average import Weigh, by_examples, tokens_of
 from fedmoe.types import ClientUpdate, ExpertId
 
@@ -26,12 +28,13 @@ def frequency_power(power: int) -> Weigh:
         raise ValueError(f"power must be 0 or more, got {power}")
     if power == 0:
         return by_examples
+    return partial(by_frequency, power)
 
-    def weigh(update: ClientUpdate, expert: ExpertId) -> int:
-        tokens = tokens_of(update.profile, expert)
-        if not tokens:
-            return 0
-        frequency = tokens / int(update.profile.token_L[expert.layer])
-        return max(1, round(SCALE * update.num_examples * frequency**power))
 
-    return weigh
+def by_frequency(power: int, update: ClientUpdate, expert: ExpertId) -> int:
+    """See `frequency_power`."""
+    tokens = tokens_of(update.profile, expert)
+    if not tokens:
+        return 0
+    frequency = tokens / int(update.profile.token_L[expert.layer])
+    return max(1, round(SCALE * update.num_examples * frequency**power))

@@ -24,10 +24,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedmoe.federated.average import Mean, Weigh, average_by_expert, by_tokens
+from fedmoe.federated.average import ByExpert, Weigh, averaged, by_tokens
+from fedmoe.federated.folding import fold
 from fedmoe.federated.local import LocalMethod, LocalTask, Trained, train
+from fedmoe.federated.sums import Sums
 from fedmoe.state import ROW
-from fedmoe.types import Assignment, Change, ClientInfo, ClientUpdate, MoEState, State
+from fedmoe.types import (
+    Assignment,
+    Change,
+    ClientInfo,
+    ClientUpdate,
+    MoEState,
+    State,
+    Term,
+    Terms,
+)
+
+CONTROL = "control"  # the key of the mean of the clients' changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,20 +72,23 @@ class Scaffold:
         }
 
     def aggregate(self, state: ScaffoldState, updates: Iterable[ClientUpdate]) -> ScaffoldState:
-        changes, senders = Mean(), Counter[str]()
+        return fold(self, state, updates)
 
-        def noted() -> Iterator[ClientUpdate]:
-            for update in updates:
-                changes.add(update.extra, 1)
-                senders.update(list(update.extra))
-                yield update
+    def terms(self, state: ScaffoldState) -> Terms:
+        return WithControl(self.weigh)
 
-        model = average_by_expert(state.model, noted(), self.weigh)
-        mean = changes.result({n: torch.zeros_like(c) for n, c in state.control.items()})
+    def settle(
+        self, state: ScaffoldState, sums: Sums, notes: Sequence[ClientUpdate]
+    ) -> ScaffoldState:
+        mean = sums.mean(CONTROL, {n: torch.zeros_like(c) for n, c in state.control.items()})
+        senders = sums[CONTROL].weights() if CONTROL in sums else {}
         control = {
-            n: c + mean[n] * (senders[n] / state.num_clients) for n, c in state.control.items()
+            n: c + mean[n] * (senders.get(n, 0) / state.num_clients)
+            for n, c in state.control.items()
         }
-        return ScaffoldState(state.round + 1, model, control, state.num_clients)
+        return ScaffoldState(
+            state.round + 1, averaged(state.model, sums), control, state.num_clients
+        )
 
     def merged(self, state: ScaffoldState) -> MoEState:
         return state.model
@@ -82,6 +98,15 @@ class Scaffold:
 
     def changes(self, state: ScaffoldState) -> Sequence[Change]:
         return ()
+
+
+@dataclass(frozen=True)
+class WithControl(ByExpert):
+    """Terms by expert, and the change of the client's control: each change counts as one."""
+
+    def __call__(self, update: ClientUpdate) -> Iterator[Term]:
+        yield from super().__call__(update)
+        yield Term(CONTROL, update.extra, 1)
 
 
 @dataclass(frozen=True)

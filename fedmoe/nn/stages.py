@@ -1,0 +1,166 @@
+"""What a model computes, told as data, so that it may be trained by other means than torch's.
+
+A model is told as a sequence of stages: convolutions with their pools, linear maps with their
+activations, and MoE layers. Whoever trains by stages must give what `model(x)` and its gradient do,
+so a model is told only if every part of it is known exactly.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from fedmoe.nn.classifier import StemAndHead
+from fedmoe.nn.experts.ffn import FFN, Activation
+from fedmoe.nn.gates.topk import TopKGate
+from fedmoe.nn.grouped import is_hooked
+from fedmoe.nn.moe import MoE
+from fedmoe.nn.sensors import SignalStem
+from fedmoe.nn.vision import ConvStem, Residual
+
+
+class Dense(NamedTuple):
+    """A linear map and what follows it."""
+
+    linear: nn.Linear
+    activation: Activation | None
+
+
+class Mixture(NamedTuple):
+    """A MoE layer whose gate is a `TopKGate` and whose experts are plain `FFN`."""
+
+    moe: MoE
+    gate: TopKGate
+    experts: Mapping[int, FFN]  # those held
+    residual: bool  # its input is added to its output
+
+
+class Convolution(NamedTuple):
+    """A convolution without padding, the largest of each pool, and a ReLU."""
+
+    conv: nn.Conv2d | nn.Conv1d
+    pool: tuple[int, int]  # rows and columns; signals in time have one row
+
+
+Stage = Dense | Mixture | Convolution
+
+
+class UnknownPartError(ValueError):
+    """A part of a model that cannot be told as a stage."""
+
+
+def stages_of(model: nn.Module) -> tuple[Stage, ...]:
+    """The model's stages, in the order in which they run; between the last convolution and the
+    next stage, what an example has is laid out flat.
+
+    Raises:
+        UnknownPartError: a part is not known.
+    """
+    stages: list[Stage] = []
+    for part in _parts(model):
+        if isinstance(part, nn.Flatten):
+            if (part.start_dim, part.end_dim) != (1, -1):
+                raise UnknownPartError(f"a Flatten must keep the examples apart, got {part}")
+            if any(not isinstance(s, Convolution) for s in stages):
+                raise UnknownPartError("a Flatten must stand before all linear maps")
+        elif isinstance(part, nn.ReLU | nn.GELU):
+            last = stages[-1] if stages else None
+            if not isinstance(last, Dense) or last.activation is not None:
+                raise UnknownPartError(f"{type(part).__name__} must follow a linear map")
+            if isinstance(part, nn.GELU) and part.approximate != "none":
+                raise UnknownPartError("GELU must be exact")
+            stages[-1] = last._replace(activation="relu" if isinstance(part, nn.ReLU) else "gelu")
+        else:
+            stages.append(part)
+    if not stages:
+        raise UnknownPartError("a model must have a stage, got none")
+    owned = [id(p) for p in model.parameters()]
+    told = [id(p) for s in stages for p in parameters_of(s)]
+    if sorted(owned) != sorted(told):
+        raise UnknownPartError("every parameter must belong to one stage, and to one alone")
+    if any(True for name, _ in model.named_buffers() if name.split(".")[-1] not in OURS):
+        raise UnknownPartError("a model must have no buffers but those of MoE layers")
+    return tuple(stages)
+
+
+OURS = {"present_E", "known_E"}  # buffers that a MoE layer and its gate have
+NO_PADDING = ((0,), (0, 0))
+
+
+def parameters_of(stage: Stage) -> list[nn.Parameter]:
+    """All of a stage's parameters."""
+    match stage:
+        case Dense(linear, _):
+            return list(linear.parameters())
+        case Mixture():
+            return list(stage.moe.parameters())
+        case Convolution(conv, _):
+            return list(conv.parameters())
+
+
+def _parts(m: nn.Module) -> Iterator[Stage | nn.Flatten | nn.ReLU | nn.GELU]:
+    """Subclasses and modules with hooks are not known: they may do anything."""
+    if is_hooked(m):
+        raise UnknownPartError(f"{type(m).__name__} has a hook")
+    kind = type(m)
+    if kind is nn.Sequential:
+        for part in m.children():
+            yield from _parts(part)
+    elif isinstance(m, StemAndHead) and kind is StemAndHead:
+        yield from _parts(m.stem)
+        yield from _parts(m.head)
+    elif isinstance(m, nn.Linear) and kind is nn.Linear:
+        yield Dense(m, None)
+    elif isinstance(m, FFN) and kind is FFN:
+        yield Dense(_linear(m.up), m.activation)
+        yield Dense(_linear(m.down), None)
+    elif isinstance(m, MoE) and kind is MoE:
+        yield _mixture(m, residual=False)
+    elif isinstance(m, Residual) and kind is Residual and isinstance(m.inner, MoE):
+        yield _mixture(m.inner, residual=True)
+    elif isinstance(m, ConvStem | SignalStem) and kind in (ConvStem, SignalStem):
+        yield from _convolutions(m)
+    elif isinstance(m, nn.Flatten | nn.ReLU | nn.GELU) and kind in (nn.Flatten, nn.ReLU, nn.GELU):
+        yield m
+    else:
+        raise UnknownPartError(f"{kind.__name__} is not known")
+
+
+def _convolutions(m: ConvStem | SignalStem) -> Iterator[Convolution]:
+    pool = (1, 4)
+    if isinstance(m, ConvStem):
+        pool = (2, 2)
+        if any(type(norm) is not nn.Identity for norm in (m.norm1, m.norm2)):
+            raise UnknownPartError("a normalisation is not known")
+    convs: list[nn.Conv2d | nn.Conv1d] = [m.conv1, m.conv2]
+    for conv in convs:
+        plain = type(conv) in (nn.Conv1d, nn.Conv2d) and not is_hooked(conv)
+        if not plain or conv.bias is None or conv.groups != 1 or conv.padding_mode != "zeros":
+            raise UnknownPartError("a convolution must be plain, with a bias")
+        if any(s != 1 for s in (*conv.stride, *conv.dilation)) or conv.padding not in NO_PADDING:
+            raise UnknownPartError("a convolution must have stride 1 and no padding")
+        yield Convolution(conv, pool)
+
+
+def _mixture(moe: MoE, residual: bool) -> Mixture:
+    gate = moe.gate
+    if type(moe) is not MoE or is_hooked(moe):
+        raise UnknownPartError("a MoE layer must be plain")
+    if type(gate) is not TopKGate or type(gate.proj) is not nn.Linear:
+        raise UnknownPartError(f"the gate {type(gate).__name__} is not known")
+    if is_hooked(gate) or is_hooked(gate.proj):
+        raise UnknownPartError("a gate has a hook")
+    experts = {}
+    for number, expert in moe.experts.items():
+        if type(expert) is not FFN or is_hooked(expert):
+            raise UnknownPartError(f"the expert {type(expert).__name__} is not known")
+        _linear(expert.up)
+        _linear(expert.down)
+        experts[int(number)] = expert
+    return Mixture(moe, gate, experts, residual)
+
+
+def _linear(m: nn.Module) -> nn.Linear:
+    if type(m) is not nn.Linear or is_hooked(m):
+        raise UnknownPartError(f"{type(m).__name__} in place of a plain linear map")
+    return m

@@ -1,0 +1,109 @@
+"""A model is told as stages only where every part of it is known exactly."""
+
+import pytest
+import torch
+from torch import nn
+
+from fedmoe.nn.classifier import dense_classifier
+from fedmoe.nn.experts.ffn import FFN
+from fedmoe.nn.gates.topk import TopKGate
+from fedmoe.nn.moe import MoE
+from fedmoe.nn.sensors import motion_cnn
+from fedmoe.nn.stages import (
+    Convolution,
+    Dense,
+    Mixture,
+    UnknownPartError,
+    parameters_of,
+    stages_of,
+)
+from fedmoe.nn.tabular import vowel_mlp
+from fedmoe.nn.text import character_model
+from fedmoe.nn.vision import Residual, dense_cnn, fashion_cnn, flat_moe, small_vit
+
+
+def told(model):
+    return "".join(
+        {Dense: "d", Mixture: "m", Convolution: "c"}[type(s)] for s in stages_of(model)
+    )
+
+
+def moe(expert=FFN, gate=TopKGate):
+    return MoE(gate(4, 3, 1), {e: expert(4, 5) for e in range(3)}, 3)
+
+
+@pytest.mark.parametrize(
+    "make, stages",
+    [
+        (flat_moe, "dmd"),
+        (vowel_mlp, "dm"),
+        (dense_cnn, "ccdd"),
+        (fashion_cnn, "ccm"),
+        (motion_cnn, "ccm"),
+        (lambda: dense_classifier(nn.Flatten, 12, 5, 3), "dd"),
+        (lambda: nn.Sequential(Residual(moe()), nn.Sequential(moe(), nn.Linear(4, 2))), "mmd"),
+    ],
+    ids=["flat", "vowel", "dense cnn", "cnn", "motion", "dense", "nested"],
+)
+def test_stages_are_told_in_order_with_every_parameter_once(make, stages):
+    model = make()
+    assert told(model) == stages
+    ids = [id(p) for s in stages_of(model) for p in parameters_of(s)]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+
+
+def test_activations_and_residuals_belong_to_their_stage():
+    first, second, third = stages_of(
+        nn.Sequential(nn.Linear(3, 4), nn.GELU(), Residual(moe()), nn.Linear(4, 2))
+    )
+    assert (first.activation, second.residual, third.activation) == ("gelu", True, None)
+    assert [*second.experts] == [0, 1, 2]
+
+
+class Other(FFN):
+    def forward(self, x_ND):
+        return 2 * super().forward(x_ND)
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(3, 2))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def shared():
+    one = nn.Linear(3, 3)
+    return nn.Sequential(one, one)
+
+
+def with_buffer():
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.register_buffer("scale", torch.ones(1))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (small_vit, "ViT is not known"),
+        (character_model, "CharacterStem is not known"),
+        (lambda: fashion_cnn(norm="batch"), "normalisation"),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()), "Tanh is not known"),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout()), "Dropout is not known"),
+        (lambda: nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), "ReLU must follow a linear map"),
+        (lambda: nn.Sequential(moe(), nn.ReLU()), "ReLU must follow a linear map"),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.GELU("tanh")), "GELU must be exact"),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.Flatten()), "before all linear maps"),
+        (lambda: nn.Sequential(nn.Flatten(0), nn.Linear(3, 2)), "keep the examples apart"),
+        (lambda: moe(expert=Other), "expert Other is not known"),
+        (lambda: moe(gate=type("OtherGate", (TopKGate,), {})), "gate OtherGate is not known"),
+        (lambda: Residual(nn.Linear(3, 3)), "Residual is not known"),
+        (nn.Sequential, "got none"),
+        (hooked, "has a hook"),
+        (shared, "to one alone"),
+        (with_buffer, "buffers"),
+    ],
+)
+def test_what_is_not_known_is_not_told(make, why):
+    with pytest.raises(UnknownPartError, match=why):
+        stages_of(make())
