@@ -31,7 +31,7 @@ Examples:
   fedmoe run demo
   fedmoe run domains --method fedmoe --method local --seed 0 --seed 1 --seed 2
   fedmoe run domains --rounds 3 --out runs/short --workers 1
-  fedmoe run domains --method fedmoe --actors 8 --ray-address ray://10.0.0.1:10001
+  fedmoe run domains --actors 8 --ray-address ray://10.0.0.1:10001
   fedmoe run my_module:my_experiment --json > result.json"""
 
 PLAN_EXAMPLES = """\b
@@ -181,7 +181,7 @@ def run(
     domains-drop-out, two-domains, published-dirichlet,
     published-pathological, published-fifth-dirichlet,
     published-fifth-pathological, dirichlet-0.5, dirichlet-1.0, hundred, motion,
-    vowels, shakespeare, heldout-weak, heldout-average, heldout-ablations,
+    vowels, shakespeare, crowd, heldout-weak, heldout-average, heldout-ablations,
     or a function of your own, module:function.
     At the end come a table and report.html.
 

@@ -61,7 +61,7 @@ def test_help_loads_neither_torch_nor_plotly_nor_flower():
     "arguments, told",
     [
         (["run", "demmo"], ["'demmo'", "did you mean 'demo'?", "module:function"]),
-        (["run", "zzz"], ["'zzz'", "there are demo, dirichlet-0.5"]),
+        (["run", "zzz"], ["'zzz'", "there are crowd, demo"]),
         (["run", "nowhere:tiny"], ["module 'nowhere'", "cannot be imported"]),
         (["run", "lab:tinny"], ["no function 'tinny'", "did you mean 'tiny'?"]),
         (["run", "lab:tiny", "--method", "fedmo"], ["no method 'fedmo'", "'fedmoe'"]),

@@ -111,8 +111,8 @@ def test_the_last_line_is_the_format_that_scripts_read(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_processes_take_turns_and_end():
-    cases = [Case("server, FedMoE", n) for n in (1000, 5000)]
-    found = bench_population.in_turns(cases, rounds=2)
-    assert [len(m) for m in found.values()] == [3, 3]
+    cases = [Case("server, FedMoE", n) for n in (2000, 5000)]
+    found = bench_population.in_turns(cases, rounds=1)
+    assert [len(m) for m in found.values()] == [2, 2]
     for m in (m for of_case in found.values() for m in of_case):
         assert m.cpu_s > 0 and m.taking_part == PER_ROUND and m.peak_bytes > 50 * MIB

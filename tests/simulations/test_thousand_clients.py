@@ -26,7 +26,7 @@ def test_it_runs_ends_with_the_table_and_says_how_long_a_round_took(tmp_path, ca
     # What is finished is only shown again; what was killed goes on.
     log = tmp_path / "fedmoe-seed0" / "rounds.jsonl"
     whole = log.read_text().splitlines()
-    log.write_text("\n".join(whole[:1]) + "\n")
+    log.write_text("\n".join(whole[:2]) + "\n")  # as if killed in the closing evaluation
     few(tmp_path, "--actors", "0")
     assert "s a round" in capsys.readouterr().out
     again = read_run(tmp_path / "fedmoe-seed0")

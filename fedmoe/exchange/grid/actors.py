@@ -5,6 +5,7 @@ nodes kept (`journal`), and does again what was not answered: of the call that w
 message at a time, so that one that takes its process down is found out and given up alone.
 """
 
+import os
 import sys
 import time
 from collections.abc import Hashable, Mapping, Sequence, Set
@@ -186,7 +187,7 @@ class OnRay:
             num_cpus=self._actors.cpus,
             num_gpus=self._actors.gpus,
             max_restarts=0,  # by us, who know what has to be done again
-            runtime_env={"env_vars": ENVIRONMENT},
+            runtime_env={"env_vars": {**ENVIRONMENT, "PYTHONPATH": _paths()}},
         )
         place = made.remote()
         folder = str(self._folder / f"actor-{actor}")
@@ -287,6 +288,11 @@ class OnRay:
         for i in call.only:
             self._submit(replace(call, only=(i,), deaths=deaths))
         return []
+
+
+def _paths() -> str:
+    """Where this process finds modules: the apps' are there, and perhaps nowhere else."""
+    return os.pathsep.join(path or os.getcwd() for path in sys.path)
 
 
 def _pickled(name: str, thing: object) -> bytes:

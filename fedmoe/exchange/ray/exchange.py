@@ -39,9 +39,10 @@ def in_actors(
     trainer: Trainer = "one-by-one",
     data_bytes: int = 2**29,
 ) -> "Iterator[ActorExchange]":
-    """As `in_process`, but the clients are shared out over actors; the bits are the same.
+    """As `in_process`, but the clients are shared out over actors.
 
-    All that is given must be picklable, closures included.
+    The bits are those of a process that computes with one thread. All that is given must be
+    picklable, closures included.
 
     Args:
         store: on several machines, its folder must be on storage that they share.
@@ -90,18 +91,27 @@ def over_actors(
     Raises:
         ActorsError: an actor does not start.
     """
-    mark = secrets.token_hex(8)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).write_text(mark, encoding="utf-8")
-    with connected(actors):
+    with connected(actors), _marked(folder) as mark:
         crew = Crew(make, actors, folder, mark)
         try:
             yield ActorExchange(crew, progress)
         finally:
             crew.close()
-            if folder is not None:
-                (folder / MARK).unlink(missing_ok=True)
+
+
+@contextmanager
+def _marked(folder: Path | None) -> Iterator[str]:
+    """What stands in a file of the folder, by which actors know that it is the same."""
+    mark = secrets.token_hex(8)
+    if folder is None:
+        yield mark
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text(mark, encoding="utf-8")
+    try:
+        yield mark
+    finally:
+        (folder / MARK).unlink(missing_ok=True)
 
 
 class ActorExchange:

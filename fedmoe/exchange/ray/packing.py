@@ -9,6 +9,7 @@ import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,9 @@ class _Pickler(CloudPickler):
             self.take(thing)
             self.mark = pickle.PickleBuffer(bytearray())  # stands for what was taken
             return _tensor, (self.mark, thing.dtype, tuple(thing.shape))
-        return super().reducer_override(thing)  # type: ignore[no-untyped-call]
+        if isinstance(thing, FunctionType | type):  # all that is cloudpickle's business
+            return super().reducer_override(thing)  # type: ignore[no-untyped-call]
+        return NotImplemented
 
 
 def _pickled(
@@ -165,11 +168,12 @@ def _tensor(raw: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """A tensor over these bytes."""
     if not len(raw):
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+    flat = torch.frombuffer(raw, dtype=dtype)
+    return flat if len(shape) == 1 else flat.view(shape)
 
 
 def _raw(tensor: Tensor) -> Bytes:
-    raw: Bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw: Bytes = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return raw
 
 

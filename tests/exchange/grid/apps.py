@@ -90,7 +90,4 @@ def count(message: Message, context: Context) -> Message:
         os._exit(3)
     threads = int(os.environ["OMP_NUM_THREADS"])
     metrics = {"partition": partition, "seen": seen + 1, "threads": threads, "process": os.getpid()}
-    content = RecordDict({"metrics": MetricRecord(metrics)})
-    if "arrays" in message.content:
-        content["arrays"] = message.content["arrays"]
-    return Message(content, reply_to=message)
+    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

@@ -1,5 +1,6 @@
 """Everything that needs Ray, which is started once. The rest of the grid is tested without it."""
 
+import importlib
 import logging
 import threading
 from collections import Counter
@@ -83,13 +84,30 @@ def test_what_cannot_be_pickled_is_named_before_anything_starts():
         open_grid(app, 2, actors=1)
 
 
-def test_what_is_pushed_is_worked_on_at_once_and_large_values_travel_once(cluster, tmp_path):
+FAR = """\
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    return Message(message.content, reply_to=message)
+"""
+
+
+def test_what_is_pushed_is_worked_on_at_once_and_large_values_travel_once(
+    cluster, tmp_path, monkeypatch
+):
+    (tmp_path / "far_app.py").write_text(FAR)  # only this process has it on its path
+    monkeypatch.syspath_prepend(tmp_path)
+    app = importlib.import_module("far_app").app
+
     class Spy:
         count = 0
 
-    with open_grid(
-        apps.counter, NODES, run_config={"folder": str(tmp_path)}, actors=1
-    ) as grid:
+    with open_grid(app, NODES, actors=1) as grid:
         store = grid._engine._store
         inner, spy = store.put, Spy()
 
