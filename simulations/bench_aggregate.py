@@ -16,7 +16,8 @@ The peers:
 
 All take turns in one process with one thread; times are medians of CPU time for all updates. Of
 large updates there are only so many different ones as do not fit a cache together, taken in turns.
-Peak memory is that of processes of their own, in which updates are made one at a time.
+Peak memory is that of processes of their own, in which updates are made one at a time; they give
+freed memory back, since a heap that keeps it has gaps of an update's size, here or there by chance.
 
 Shape suffixes: N numbers of an update, E experts, K experts of one update.
 """
@@ -88,10 +89,10 @@ def main() -> None:
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
     if args.memory_of:
         print(peak_bytes(args.memory_of))
         return
+    keep_freed_memory()
     print(told())
     rows = memory_rows()
     for row in rows:

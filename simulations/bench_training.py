@@ -68,6 +68,7 @@ PEERS = ("fluke-fl", "pfl")
 CPU = torch.device("cpu")
 CORES = 2  # for which all sides are set up
 LONG_S = 1800.0
+FULL_TURNS = 3  # of whole rounds
 SETTINGS = {  # of every process
     "OMP_NUM_THREADS": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -138,7 +139,7 @@ def time_steps(case: Case, turns: int) -> dict[str, float]:
 def eager(models: Sequence[nn.Module], data: Sequence[Examples], plan: LocalPlan) -> None:
     for model, examples in zip(models, data, strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=plan.lr)
-        for index_B in torch.randperm(len(examples.y)).split(plan.batch_size):
+        for index_B in torch.split(torch.randperm(len(examples.y)), plan.batch_size):
             logit_BC = model(examples.x[index_B])
             loss = nn.functional.cross_entropy(logit_BC, examples.y[index_B])
             optimizer.zero_grad()
@@ -241,12 +242,12 @@ JOBS = {
     "cnn": Job(
         "published CNN", "cnn", dense_cnn,
         lambda share: published(0, partition="dirichlet", share=share),
-        0.2, 10, 0.005, 2,
+        0.2, 10, 0.005, 3,
     ),
     "moe": Job(
         "small MoE", "moe", flat_moe,
         lambda share: dirichlet(0, 0.5, num_clients=100, share=share),
-        1.0, 16, 0.05, 2,
+        1.0, 16, 0.05, 3,
     ),
 }  # fmt: skip
 
@@ -304,7 +305,7 @@ def ours(
 
 def flower(name: str, share: float) -> Iterator[float]:
     """Flower's FedAvg and simulation around `local.train`."""
-    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
     from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
@@ -320,15 +321,17 @@ def flower(name: str, share: float) -> Iterator[float]:
         torch.set_num_threads(1)
         number = int(context.node_config["partition-id"])
         model = job.factory()
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        arrays, config = message.content["arrays"], message.content["config"]
+        assert isinstance(arrays, ArrayRecord) and isinstance(config, ConfigRecord)
+        model.load_state_dict(arrays.to_torch_state_dict())
         examples = client_data(name, share, number).train
-        generator = torch_generator(0, int(message.content["config"]["server-round"]), number)
+        generator = torch_generator(0, int(str(config["server-round"])), number)
         _, loss = train(model, examples, plan_of(job), generator, CPU, number)
         metrics = MetricRecord({"num-examples": len(examples.y), "loss": loss})
-        content = {"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}
-        return Message(RecordDict(content), reply_to=message)
+        content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
+        return Message(content, reply_to=message)
 
-    class Timed(FlowerFedAvg):  # type: ignore[misc]
+    class Timed(FlowerFedAvg):
         def configure_train(self, *args: Any) -> Any:
             starts.append(time.perf_counter())
             return super().configure_train(*args)
@@ -478,7 +481,7 @@ def rounds(full: bool) -> list[dict[str, object]]:
     if len(sides) < len(SIDES):
         print(f"{PEER_PYTHON} is missing (make peers): no rows of {' and '.join(PEERS)}")
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for turn in range(3 if full else 2):
+    for turn in range(FULL_TURNS if full else 1):
         for job in JOBS:
             share = 1.0 if full else JOBS[job].share
             for side in sides:

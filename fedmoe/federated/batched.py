@@ -9,7 +9,7 @@ Shape suffixes: K clients, P those who still train, S steps, B examples of a bat
 E experts of a layer, H pairs of a client and an expert that it holds, L MoE layers.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,20 +49,26 @@ def train_many(tasks: Sequence[LocalTask]) -> list[Trained | Exception]:
     Those that are like no other, or cannot be taken, are trained by themselves.
     """
     trained: dict[int, Trained | Exception] = {}
-    groups: dict[Hashable, list[tuple[int, tuple[Stage, ...]]]] = {}
+    groups: list[tuple[object, list[int]]] = []  # not by hash: a plan need not have one
+    stages_of_task = {}
     for i, task in enumerate(tasks):
         stages = stages_for(task)
         if isinstance(stages, str) or examples_unfit(stages, task):
-            groups[i] = [(i, ())]
-        else:
-            groups.setdefault(_likeness(task, stages), []).append((i, stages))
-    for group in groups.values():
-        if len(group) == 1:
-            trained[group[0][0]] = _alone(tasks[group[0][0]])
+            trained[i] = _alone(task)
             continue
-        own = [tasks[i] for i, _ in group]
-        together = _together(own, [stages for _, stages in group])
-        trained |= {i: t for (i, _), t in zip(group, together, strict=True)}
+        stages_of_task[i] = stages
+        like = task.plan, task.device, task.examples.x.shape[1:], likeness(stages)
+        group = next((own for other, own in groups if other == like), None)
+        if group is None:
+            groups.append((like, [i]))
+        else:
+            group.append(i)
+    for _, group in groups:
+        if len(group) == 1:
+            trained[group[0]] = _alone(tasks[group[0]])
+            continue
+        answers = _together([tasks[i] for i in group], [stages_of_task[i] for i in group])
+        trained |= dict(zip(group, answers, strict=True))
     return [trained[i] for i in range(len(tasks))]
 
 
@@ -80,11 +86,6 @@ def _together(
         return _Group(tasks, stages).train()
     except Exception as why:  # a lack of memory, say: it meets all of them
         return [why] * len(tasks)
-
-
-def _likeness(task: LocalTask, stages: Sequence[Stage]) -> Hashable:
-    """Equal of tasks that can be trained side by side."""
-    return task.plan, task.device, task.examples.x.shape[1:], likeness(stages)
 
 
 class _Group:

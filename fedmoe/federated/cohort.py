@@ -6,7 +6,7 @@ the bit, so one trainer does a whole run, wherever its parts run.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Literal, NamedTuple, get_args
@@ -119,7 +119,8 @@ def choose(
     plan: LocalPlan,
     device: torch.device | str = "cpu",
 ) -> Trainer:
-    """The fastest trainer for this model and plan, by a measurement of about a second.
+    """The fastest trainer for this model and plan, by a measurement of about a second, which is
+    made once in a process for the same plan and shapes.
 
     "one-by-one" where nothing is clearly faster. Different trainers differ in the last bits: choose
     once for a run, and give all its processes what was chosen.
@@ -135,12 +136,29 @@ def choose(
     ways = [t for t in TRAINERS if supported(model, plan, t, device) is None]
     if len(ways) == 1:
         return ways[0]
-    tasks = {
+    shapes = tuple((name, p.shape) for name, p in model.named_parameters())
+    case = plan, device, few.x.shape, type(model), shapes, tuple(ways)
+    if case not in _chosen:
+        _chosen[case] = _measured(factory, few, plan, device, ways)
+    return _chosen[case]
+
+
+_chosen: dict[Hashable, Trainer] = {}
+
+
+def _measured(
+    factory: Callable[[], nn.Module],
+    few: Examples,
+    plan: LocalPlan,
+    device: torch.device,
+    ways: Sequence[Trainer],
+) -> Trainer:
+    tasks: dict[Trainer, list[LocalTask]] = {
         t: [_task(i, factory(), few, plan, i, device) for i in range(PROBE_CLIENTS)] for t in ways
     }
     seconds: dict[Trainer, list[float]] = {t: [] for t in ways}
     began_s = time.perf_counter()
-    while not seconds[ways[0]] or time.perf_counter() - began_s < PROBE_S / 2:
+    while len(seconds[ways[0]]) < 2 or time.perf_counter() - began_s < PROBE_S / 2:
         for t in ways:
             # One by one takes as long for each.
             own = tasks[t] if t == "batched" else tasks[t][:1]

@@ -9,10 +9,25 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedmoe.federated.local import LocalTask, Trained, finite_loss, moving_in
+from fedmoe.federated.local import (
+    LocalPlan,
+    LocalTask,
+    Phase,
+    Trained,
+    finite_loss,
+    moving_in,
+)
 from fedmoe.native import client as native
-from fedmoe.nn.stages import Convolution, Dense, Mixture, Stage, UnknownPartError, stages_of
-from fedmoe.state import layer_sizes, named_by_role
+from fedmoe.nn.stages import (
+    Convolution,
+    Dense,
+    Mixture,
+    Stage,
+    UnknownPartError,
+    parameters_of,
+    stages_of,
+)
+from fedmoe.state import everything, named_by_role, nothing
 from fedmoe.types import ActivationProfile
 
 
@@ -32,7 +47,7 @@ def stages_for(task: LocalTask) -> tuple[Stage, ...] | str:
         stages = stages_of(task.model)
     except UnknownPartError as why:
         return str(why)
-    if any(p.dtype != torch.float32 for p in task.model.parameters()):
+    if any(p.dtype != torch.float32 for s in stages for p in parameters_of(s)):
         return "parameters must be float32"
     for s in stages:
         if isinstance(s, Mixture) and len({e.hidden for e in s.experts.values()}) != 1:
@@ -63,7 +78,7 @@ def examples_unfit(stages: Sequence[Stage], task: LocalTask) -> str | None:
 def train(task: LocalTask, stages: Sequence[Stage]) -> Trained:
     """Train `task.model`, whose stages these are, in place, as `LocalMethod.train` does."""
     plan, model = task.plan, task.model
-    sizes = layer_sizes(model)
+    sizes = [s.gate.num_experts for s in stages if isinstance(s, Mixture)]
     x_N, y_N = task.examples
     if isinstance(stages[0], Convolution):
         x_N = _channels_last(x_N)
@@ -71,7 +86,6 @@ def train(task: LocalTask, stages: Sequence[Stage]) -> Trained:
     received = [p.detach().clone() for p in model.parameters()] if plan.proximal else None
     num_experts = max(sizes, default=0)
     total = ActivationProfile.empty(len(sizes), num_experts)
-    named = list(named_by_role(model))
     loss_sum, seen = 0.0, 0
     settings = native.Settings(
         lr=plan.lr,
@@ -85,9 +99,8 @@ def train(task: LocalTask, stages: Sequence[Stage]) -> Trained:
         proximal=plan.proximal,
     )
     for phase in plan.phases:
-        moves = moving_in(phase, plan)
-        moving = {id(p) for name, p in named if moves(name)}
-        if not moving or phase.epochs < 1:
+        moving = _moving(phase, plan, model)
+        if (moving is not None and not moving) or phase.epochs < 1:
             continue
         orders = [torch.randperm(len(y_N), generator=task.generator) for _ in range(phase.epochs)]
         weights = _Weights(model, moving, received)
@@ -108,6 +121,14 @@ def train(task: LocalTask, stages: Sequence[Stage]) -> Trained:
         loss_sum += used.loss
         seen += phase.epochs * len(y_N)
     return Trained(total, finite_loss(loss_sum / max(seen, 1), plan, task.client))
+
+
+def _moving(phase: Phase, plan: LocalPlan, model: nn.Module) -> set[int] | None:
+    """The parameters that move, by id; None: all."""
+    if phase.trains is everything and plan.frozen is nothing:
+        return None
+    moves = moving_in(phase, plan)
+    return {id(p) for name, p in named_by_role(model) if moves(name)}
 
 
 def num_classes(last: Stage) -> int:
@@ -134,7 +155,7 @@ class _Weights:
     """Parameters as the kernel takes them: themselves where they lie in memory as it wants."""
 
     def __init__(
-        self, model: nn.Module, moving: set[int], received: Sequence[Tensor] | None
+        self, model: nn.Module, moving: set[int] | None, received: Sequence[Tensor] | None
     ) -> None:
         self.moving = moving
         self.received: Mapping[int, Tensor] = {}
@@ -144,7 +165,9 @@ class _Weights:
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def of(self, p: Tensor) -> native.Weight:
-        moves = id(p) in self.moving
+        moves = self.moving is None or id(p) in self.moving
+        if p.dim() <= 2 and p.is_contiguous():
+            return native.Weight(p, moves, self.received.get(id(p)))
         ours = _laid_out(p.detach())
         value = ours.contiguous()
         if moves and value is not ours:

@@ -196,7 +196,7 @@ def _check_examples(
 
 
 def _check_tensor(name: str, t: Tensor, dtype: torch.dtype) -> None:
-    if t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous():
+    if t.dtype != dtype or not t.is_cpu or not t.is_contiguous():
         raise ValueError(
             f"{name} must be contiguous {dtype} on the CPU, got {t.dtype} on {t.device} with "
             f"strides {t.stride()}"
@@ -294,11 +294,10 @@ class _Telling:
         return (high, wide, out), high * wide * out
 
     def _weight(self, w: Weight, shape: tuple[int, int], layout: int) -> int:
-        for t in (w.value, w.received):
-            if t is not None:
-                _check_tensor("a parameter", t, torch.float32)
-                if t.numel() != shape[0] * shape[1]:
-                    raise ValueError(f"a parameter must be {shape}, got {tuple(t.shape)}")
+        for t in (w.value,) if w.received is None else (w.value, w.received):
+            _check_tensor("a parameter", t, torch.float32)
+            if t.numel() != shape[0] * shape[1]:
+                raise ValueError(f"a parameter must be {shape}, got {tuple(t.shape)}")
         self.weights.append(w)
         self.shapes += [*shape, w.moves, layout]
         return len(self.weights) - 1
@@ -333,8 +332,8 @@ static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES
 
 enum Then { SET, ADD, STEP };  // c = ab, c += ab, c += alpha ab
 
-// The left operand's row i and depth p are at i * row + p * depth. Of a picture's window the depth
-// The left operand's row i and depth p are at i * row + p * depth. Of a picture's window the
+// The left operand's row i and depth p are at i * row + p * depth. The depth of a picture's window
+// is cut into `turns` pieces, each `leap` further on in the left operand, `leap_b` in the right.
 struct Walk { int64_t row, depth, turns = 1, leap = 0, leap_b = 0; };
 
 template <int M, int N, Then THEN>

@@ -22,7 +22,9 @@ from fedmoe.native.build import compiled
 SOURCE = r"""
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 
 typedef void (*Sgemm)(const char*, const char*, const int*, const int*, const int*, const float*,
                       const float*, const int*, const float*, const int*, const float*, float*,
@@ -47,6 +49,13 @@ float dot(const float* a, const float* b, int n) {
   for (; i < n; i++) sum += a[i] * b[i];
   for (int j = 0; j < 16; j++) sum += part[j];
   return sum;
+}
+
+// Memory to work in, in line with the cache.
+typedef std::unique_ptr<float, decltype(&std::free)> Room;
+Room room(int64_t size) {
+  const size_t bytes = (size * sizeof(float) + 63) / 64 * 64;
+  return Room(static_cast<float*>(std::aligned_alloc(64, bytes ? bytes : 64)), &std::free);
 }
 
 void add_rows(float* y, const float* bias, int64_t rows, int width) {
@@ -113,14 +122,17 @@ void forward(Sgemm gemm, const float* x_TD, const float* weight_TE, int64_t T, i
   }
 }
 
-// Gradients that nobody asks for are null; `gy_RO`, `gh_RF` and `gx_RD` are room to work in, for
-// the rows of one expert.
+// Gradients that nobody asks for are null.
 void backward(Sgemm gemm, const float* grad_TO, const float* weight_TE, int64_t T, int64_t E,
               const int64_t* column_H, int64_t H, const int64_t* count_H, int D, int F, int O,
               const float* const* up_HFD, const float* const* down_HOF, const int64_t* token_R,
-              const float* x_RD, const float* h_RF, const float* y_RO, float* gy_RO, float* gh_RF,
-              float* gx_RD, float* gx_TD, float* gweight_TE, float* const* gup_HFD,
-              float* const* gup_HF, float* const* gdown_HOF, float* const* gdown_HO) {
+              const float* x_RD, const float* h_RF, const float* y_RO, float* gx_TD,
+              float* gweight_TE, float* const* gup_HFD, float* const* gup_HF,
+              float* const* gdown_HOF, float* const* gdown_HO) {
+  int64_t most = 0;  // rows of one expert
+  for (int64_t h = 0; h < H; h++) most = count_H[h] > most ? count_H[h] : most;
+  const Room gy_room = room(most * O), gh_room = room(most * F), gx_room = room(most * D);
+  float *gy_RO = gy_room.get(), *gh_RF = gh_room.get(), *gx_RD = gx_room.get();
   if (gx_TD) std::memset(gx_TD, 0, sizeof(float) * T * D);
   if (gweight_TE) std::memset(gweight_TE, 0, sizeof(float) * T * E);
   int64_t begin = 0;
@@ -272,8 +284,6 @@ class _FFNs(torch.autograd.Function):
         gup_HFD, gup_HF, gdown_HOF, gdown_HO = _apart(grads, num_here, *ctx.biased)
         grad_TO = grad_TO.contiguous()
         nothing: list[Tensor | None] = [None] * num_here
-        most = max(counts)  # rows of one expert
-        room = [x_RD.new_empty(most, width) for width in (out_dim, hidden, dim)]
         library.backward(
             sgemm_address(),
             _at(grad_TO),
@@ -292,7 +302,6 @@ class _FFNs(torch.autograd.Function):
             _at(x_RD),
             _at(h_RF),
             _at(y_RO),
-            *(_at(t) for t in room),
             None if gx_TD is None else _at(gx_TD),
             None if gweight_TE is None else _at(gweight_TE),
             _all_at(gup_HFD),
@@ -373,5 +382,5 @@ def _library() -> ctypes.CDLL | None:
         sizes = [number] * 3
         library.forward.restype = library.backward.restype = None
         library.forward.argtypes = [at] * 3 + [whole, whole, at, whole, at, at] + sizes + [at] * 9
-        library.backward.argtypes = [at] * 3 + [whole, whole, at, whole, at] + sizes + [at] * 15
+        library.backward.argtypes = [at] * 3 + [whole, whole, at, whole, at] + sizes + [at] * 12
     return library

@@ -8,7 +8,7 @@ so a model is told only if every part of it is known exactly.
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedmoe.nn.classifier import StemAndHead
 from fedmoe.nn.experts.ffn import FFN, Activation
@@ -74,9 +74,9 @@ def stages_of(model: nn.Module) -> tuple[Stage, ...]:
             stages.append(part)
     if not stages:
         raise UnknownPartError("a model must have a stage, got none")
-    owned = [id(p) for p in model.parameters()]
+    owned = {id(p) for p in model.parameters()}
     told = [id(p) for s in stages for p in parameters_of(s)]
-    if sorted(owned) != sorted(told):
+    if len(told) != len(owned) or owned != set(told):
         raise UnknownPartError("every parameter must belong to one stage, and to one alone")
     if any(True for name, _ in model.named_buffers() if name.split(".")[-1] not in OURS):
         raise UnknownPartError("a model must have no buffers but those of MoE layers")
@@ -87,15 +87,20 @@ OURS = {"present_E", "known_E"}  # buffers that a MoE layer and its gate have
 NO_PADDING = ((0,), (0, 0))
 
 
-def parameters_of(stage: Stage) -> list[nn.Parameter]:
+def parameters_of(stage: Stage) -> list[Tensor]:
     """All of a stage's parameters."""
+    # By hand: to walk a model's modules takes as long as several steps of a small one.
+    found: list[Tensor | None]
     match stage:
         case Dense(linear, _):
-            return list(linear.parameters())
-        case Mixture():
-            return list(stage.moe.parameters())
+            found = [linear.weight, linear.bias]
         case Convolution(conv, _):
-            return list(conv.parameters())
+            found = [conv.weight, conv.bias]
+        case Mixture():
+            found = [stage.gate.proj.weight]
+            for e in stage.experts.values():
+                found += [e.up.weight, e.up.bias, e.down.weight, e.down.bias]
+    return [p for p in found if p is not None]
 
 
 def _parts(m: nn.Module) -> Iterator[Stage | nn.Flatten | nn.ReLU | nn.GELU]:
@@ -103,8 +108,8 @@ def _parts(m: nn.Module) -> Iterator[Stage | nn.Flatten | nn.ReLU | nn.GELU]:
     if is_hooked(m):
         raise UnknownPartError(f"{type(m).__name__} has a hook")
     kind = type(m)
-    if kind is nn.Sequential:
-        for part in m.children():
+    if isinstance(m, nn.Sequential) and kind is nn.Sequential:
+        for part in m:  # not `children`, which leaves out what comes again
             yield from _parts(part)
     elif isinstance(m, StemAndHead) and kind is StemAndHead:
         yield from _parts(m.stem)

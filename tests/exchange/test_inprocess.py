@@ -140,3 +140,31 @@ def test_a_run_in_process_learns():
     assert not any(r.failed or r.refused for r in reports)
     assert isinstance(reports[-1].state.model, MoEState)
     assert all(torch.isfinite(t).all() for t in reports[-1].state.model.shared.values())
+
+
+@pytest.mark.parametrize("trainer", ["batched", "compiled"])
+def test_a_trainer_leaves_alone_what_it_cannot_train(tmp_path, trainer):
+    """The tiny model has a part that no trainer knows; a failure stays one client's."""
+
+    def load(client):
+        if client == 1:
+            raise OSError("the disk is gone")
+        return client_data(client)
+
+    def answers(trainer, folder):
+        told = []
+        store = PersonalStore(tmp_path / folder)
+        exchange = in_process(
+            tiny, load, PERSONAL, seed=0, store=store, progress=told.append, trainer=trainer
+        )
+        got = list(exchange({c: assignment() for c in (2, 1, 0)}))
+        assert told == [2, 1, 0]
+        kept = {c: state_hash(store.load(c, 99)) for c in (0, 2)}
+        return [u if isinstance(u, ClientFailure) else state_hash(u.model) for u in got], kept
+
+    assert answers(trainer, "fast") == answers("one-by-one", "slow")
+
+
+def test_a_trainer_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="trainer must be one of"):
+        in_process(tiny, client_data, PLAN, seed=0, trainer="fast")

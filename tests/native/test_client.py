@@ -95,7 +95,7 @@ def test_what_does_not_move_and_what_is_not_used_keeps_its_bits():
     assert not torch.equal(still.experts[2].up.weight.value, before[2])
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("full", [True, False])
 def test_a_loss_that_is_not_finite_is_told(bad, full):
     x = torch.tensor([[bad, -bad, bad]])
