@@ -45,7 +45,7 @@ from functools import partial
 import torch
 
 import fedmoe.checkpoint
-import fedmoe.exchange.one_client
+import fedmoe.federated.cohort
 import fedmoe.experiments.run
 from fedmoe.data.examples import Examples
 from fedmoe.data.protocols import domains
@@ -133,7 +133,7 @@ place, _, number = os.environ.get("LAB_KILL", "").partition(":")
 at = int(number or -1)
 log = fedmoe.experiments.run.RunLog
 create, append = log.create, log.append
-write, work = fedmoe.checkpoint._write, fedmoe.exchange.one_client.work
+write, working = fedmoe.checkpoint._write, fedmoe.federated.cohort.working
 
 
 def dying_create(*arguments):
@@ -164,11 +164,11 @@ def dying_write(path, content):
 def dying_work(client, assignment, *arguments):
     if place == "work" and assignment.round == at and client == 2:
         die()
-    return work(client, assignment, *arguments)
+    return working(client, assignment, *arguments)
 
 
 log.create, log.append = staticmethod(dying_create), dying_append
-fedmoe.checkpoint._write, fedmoe.exchange.one_client.work = dying_write, dying_work
+fedmoe.checkpoint._write, fedmoe.federated.cohort.working = dying_write, dying_work
 '''
 
 
