@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedmoe.experiments.study import usable_cores
 from fedmoe.experiments.sweep import Setting, open_root, plan_sweep, run_sweep
+from fedmoe.federated.cohort import TRAINERS
 from fedmoe.report.atomic import write_atomically
 from fedmoe.report.comparison import comparison_markdown
 from fedmoe.report.comparison_page import write_comparison
@@ -59,6 +60,12 @@ def options_of(table: Table, description: str | None) -> argparse.ArgumentParser
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--runs", type=Path, default=RUNS, help="where runs live")
     parser.add_argument("--workers", type=int, default=min(2, usable_cores()))
+    parser.add_argument(
+        "--trainer",
+        choices=TRAINERS,
+        default="compiled",
+        help="of runs that begin, where it can train their model (default: compiled)",
+    )
     parser.add_argument("--again", action="store_true", help="run even what is done")
     parser.add_argument(
         "--trust",
@@ -88,7 +95,7 @@ def carry_out(
     """
     try:
         open_root(options.runs)
-        plan = plan_sweep(settings, options.seeds, options.runs)
+        plan = plan_sweep(settings, options.seeds, options.runs, options.trainer)
         plan = plan.only(table.methods) if table.methods else plan
         plan.of_methods(options.methods)
     except ValueError as why:

@@ -12,7 +12,7 @@ algorithm, run again. Data are told by the hash of their partition.
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cached_property, partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
@@ -54,8 +54,11 @@ class Definition:
 
 
 def definition_of(spec: Spec, experiment: Experiment) -> Definition:
-    """The settings of one run. Loads no data."""
-    parts = [("spec", spec, False), *_fields(experiment)]
+    """The settings of one run. Loads no data.
+
+    Its trainer is none of them: trainers give the same result within rounding.
+    """
+    parts = [("spec", replace(spec, trainer=Spec.trainer), False), *_fields(experiment)]
     told = [t for part in parts if part[0] not in SAYS_NOTHING for t in _tell(*part)]
     return Definition(
         {name: _short(text) for name, text, _ in told},

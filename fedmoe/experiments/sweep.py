@@ -23,6 +23,7 @@ from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.run import Spec
 from fedmoe.experiments.study import RunProgress, alone, folder_of, run_study
 from fedmoe.experiments.table import UnknownNameError, default_rounds, find_experiment
+from fedmoe.federated.cohort import Trainer, supported
 from fedmoe.report.atomic import write_atomically
 from fedmoe.report.log import RunInfo, read_run
 from fedmoe.report.measures import Row
@@ -104,25 +105,36 @@ class Plan:
         return [job for job in self.jobs if not methods or job.spec.method in methods]
 
 
-def plan_sweep(settings: Sequence[Setting], seeds: Sequence[int], root: Path) -> Plan:
-    """Make every experiment once per protocol and seed; loads no client's data."""
+def plan_sweep(
+    settings: Sequence[Setting],
+    seeds: Sequence[int],
+    root: Path,
+    trainer: Trainer = "one-by-one",
+) -> Plan:
+    """Make every experiment once per protocol and seed; loads no client's data.
+
+    Args:
+        trainer: of runs that begin and whose model and plan it supports; the others' is one by one.
+    """
     jobs: list[Job] = []
     missing = {}
     for setting in settings:
         try:
-            jobs += [job for seed in seeds for job in _jobs_of(setting, seed, root)]
+            jobs += [job for seed in seeds for job in _jobs_of(setting, seed, root, trainer)]
         except (OSError, ValueError) as why:  # no such experiment, or its data are not here
             missing[setting.protocol] = str(why)
     return Plan(jobs, missing)
 
 
-def _jobs_of(setting: Setting, seed: int, root: Path) -> Iterator[Job]:
+def _jobs_of(setting: Setting, seed: int, root: Path, trainer: Trainer) -> Iterator[Job]:
     rounds = setting.rounds or default_rounds(setting.target)
     make = find_experiment(setting.target)
     for method, experiment in make(seed=seed, rounds=rounds, **setting.arguments).items():
         if setting.methods and method not in setting.methods:
             continue
-        spec = Spec(setting.target, method, seed, rounds, setting.arguments)
+        can = supported(experiment.factory(), experiment.plan, trainer) is None
+        way = trainer if can else Spec.trainer
+        spec = Spec(setting.target, method, seed, rounds, setting.arguments, way)
         yield _job(setting.protocol, spec, experiment, root)
 
 

@@ -93,6 +93,11 @@ def test_that_a_run_is_a_control_says_nothing_of_what_it_does():
     assert definition_of(SPEC, experiment(control=True)) == definition_of(SPEC, experiment())
 
 
+def test_which_trainer_rounded_the_last_bits_is_no_setting():
+    compiled = replace(SPEC, trainer="compiled")
+    assert definition_of(compiled, experiment()) == definition_of(SPEC, experiment())
+
+
 def by_lambda(prefix):
     return lambda name: name.startswith(prefix)
 

@@ -165,6 +165,24 @@ def test_a_setting_may_have_methods_of_its_own(tiny_target, tmp_path):
     assert table_personal.quickened(one).methods == one.methods
 
 
+def test_runs_have_the_trainer_that_is_asked_for_where_it_can_train_them(
+    tiny_target, tmp_path, monkeypatch
+):
+    setting = Setting("tiny:tiny", 1)
+    asked = []
+
+    def supported(model, plan, trainer):
+        asked.append(trainer)
+        return "not this one" if len(asked) == 2 else None
+
+    monkeypatch.setattr(sweep, "supported", supported)
+    plan = sweep.plan_sweep([setting], [0], tmp_path, "compiled")
+    assert [j.spec.trainer for j in plan.jobs] == ["compiled", "one-by-one", "compiled"]
+    monkeypatch.undo()
+    plain = sweep.plan_sweep([setting], [0], tmp_path)
+    assert {j.spec.trainer for j in plain.jobs} == {"one-by-one"}
+
+
 def test_published_figures_stand_in_the_file_and_in_the_table_and_are_not_judged(
     tiny_target, tmp_path, monkeypatch
 ):
