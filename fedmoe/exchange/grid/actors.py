@@ -8,6 +8,7 @@ message at a time, so that one that takes its process down is found out and give
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Hashable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -105,6 +106,7 @@ class Call:
     post: bytes
     values: Mapping[int, Stored[Any]]
     deaths: int = 0  # of actors under this one
+    suspect: bool = False  # an actor failed when this was before it: none other must be with it
 
     @property
     def numbers(self) -> list[int]:
@@ -119,6 +121,7 @@ class OnRay:
         self._places: list[Any] = []
         self._calls: dict[Any, Call] = {}  # by the reference of what they return; in order
         self._open: list[set[int]] = [set() for _ in range(actors.count)]
+        self._held: list[deque[Call]] = [deque() for _ in range(actors.count)]  # not sent yet
         self._pace_s: float | None = None  # of a message, lately
         self._ends = ExitStack()
         cargo = [_pickled("client_app", app), _pickled("node_config", census)]
@@ -178,6 +181,8 @@ class OnRay:
 
     def _end(self) -> None:
         self._calls.clear()
+        for held in self._held:
+            held.clear()
         for place in self._places:
             ray.kill(place)
 
@@ -225,12 +230,23 @@ class OnRay:
         return Call(actor, asked, tuple(range(len(asked))), post, values)
 
     def _submit(self, call: Call) -> None:
-        going = self._open[call.actor]
-        going.update(call.numbers)
-        settled = min(going) - 1
-        refs = {key: stored.ref for key, stored in call.values.items()}
-        work = self._places[call.actor].work
-        self._calls[work.remote(call.post, call.only, refs, settled)] = call
+        self._open[call.actor].update(call.numbers)
+        self._held[call.actor].append(call)
+        self._send(call.actor)
+
+    def _send(self, actor: int) -> None:
+        """Give an actor its next calls: all of them, but a suspect by itself, so that nobody else
+        is blamed if it takes the actor down.
+        """
+        held = self._held[actor]
+        there = [call for call in self._calls.values() if call.actor == actor]
+        while held and not (there and (held[0].suspect or there[-1].suspect)):
+            call = held.popleft()
+            settled = min(self._open[actor]) - 1
+            refs = {key: stored.ref for key, stored in call.values.items()}
+            work = self._places[actor].work
+            self._calls[work.remote(call.post, call.only, refs, settled)] = call
+            there.append(call)
 
     def _done(self, call: Call, result: tuple[float, bytes, list[np.ndarray]]) -> list[Answer]:
         seconds, head, large = result
@@ -248,6 +264,7 @@ class OnRay:
 
         answers: list[Answer] = unpacked(head, value_of)
         self._open[call.actor].difference_update(a.number for a in answers)
+        self._send(call.actor)
         return answers
 
     def _replace(self, call: Call, why: RayError) -> list[Answer]:
@@ -258,6 +275,7 @@ class OnRay:
         """
         actor = call.actor
         ray.kill(self._places[actor])
+        later, self._held[actor] = self._held[actor], deque()
         found, lost = [], [call]
         for ref, other in [(r, c) for r, c in self._calls.items() if c.actor == actor]:
             del self._calls[ref]
@@ -269,25 +287,25 @@ class OnRay:
                 found += self._done(other, result)
         self._places[actor], ready = self._new(actor)
         self._await([ready])
-        lost.sort(key=lambda c: c.numbers[0])
-        found += self._again(lost[0], why)  # that one was under way
-        for other in lost[1:]:
-            self._submit(other)
-        return found
+        first, *others = sorted(lost, key=lambda c: c.numbers[0])
+        given_up, again = self._again(first, why)  # that one was under way, as far as is known
+        self._held[actor].extend(sorted((*again, *others, *later), key=lambda c: c.numbers[0]))
+        self._send(actor)
+        return found + given_up
 
-    def _again(self, call: Call, why: RayError) -> list[Answer]:
-        """Do what failed once more, each message by itself; or give it up."""
-        if len(call.only) == 1 and call.deaths + 1 >= MOST_DEATHS:
+    def _again(self, call: Call, why: RayError) -> tuple[list[Answer], list[Call]]:
+        """What is given up of a call that failed, and what is to be done once more of it: each
+        message by itself.
+        """
+        if call.suspect and call.deaths + 1 >= MOST_DEATHS:
             number, metadata = call.asked[call.only[0]]
             self._open[call.actor].discard(number)
             code = CRASHED if isinstance(why, RayActorError) else UNKNOWN
             said = f"{type(why)}:<'{why}'>"
             asked = made_of(metadata, RecordDict())
-            return [Answer(number, failure(asked, code, said), said)]
-        deaths = call.deaths + 1 if len(call.only) == 1 else 0
-        for i in call.only:
-            self._submit(replace(call, only=(i,), deaths=deaths))
-        return []
+            return [Answer(number, failure(asked, code, said), said)], []
+        deaths = call.deaths + 1 if call.suspect else 0
+        return [], [replace(call, only=(i,), deaths=deaths, suspect=True) for i in call.only]
 
 
 def _paths() -> str:

@@ -70,6 +70,8 @@ class Carrying:
         """Give an actor what it can have before it; the last of it with the bill."""
         folds = self.errand is not None
         while len(seat.calls) < DEPTH and (seat.todo or self._take_over(seat)):
+            if self._would_be_blamed(seat):
+                break
             clients = self._slice(seat)
             late = seat.folding_s > SETTLE_S
             self._send(seat, clients, folds and (not seat.todo or late or self._suspect(clients)))
@@ -98,6 +100,11 @@ class Carrying:
 
     def _suspect(self, clients: Sequence[int]) -> bool:
         return bool(self.deaths) and any(self.deaths[client] for client in clients)
+
+    def _would_be_blamed(self, seat: Seat) -> bool:
+        """Whether the next call and one that waits could be blamed for each other's death."""
+        calls = seat.calls
+        return bool(calls) and (self._suspect(calls[-1].clients) or self._suspect([seat.todo[0]]))
 
     def _take_over(self, seat: Seat) -> bool:
         """Let an idle actor have half of what the busiest has not begun, if it is worth it."""
