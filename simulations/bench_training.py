@@ -61,22 +61,14 @@ from fedmoe.nn.vision import dense_cnn, fashion_cnn, flat_moe
 from fedmoe.rng import torch_generator
 from fedmoe.state import split_state
 from fedmoe.types import Exchange
+from simulations.bench_overhead import CORES, SETTINGS
 
 ROOT = Path(__file__).parents[1]
 PEER_PYTHON = ROOT / ".venv-peers" / "bin" / "python"  # made by `make peers`
 PEERS = ("fluke-fl", "pfl")
 CPU = torch.device("cpu")
-CORES = 2  # for which all sides are set up
 LONG_S = 1800.0
 FULL_TURNS = 3  # of whole rounds
-SETTINGS = {  # of every process
-    "OMP_NUM_THREADS": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "FLWR_LOG_LEVEL": "ERROR",
-}
 
 
 # Steps
