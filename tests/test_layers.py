@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "device",
         "native",
         "data.examples",
+        "nn.discriminant",
         "nn.losses",
         "nn.stages",
         "nn.stacked",

@@ -6,7 +6,13 @@ a frozen encoder have the same one, a weak or an average common expert (`experim
 `-from-encoder` says that the common expert is what a method's model starts from.
 
 Who is an anchor, and what they know, is said in `fedmoe.federated.anchors`: `fedjets` is told whose
-labels do not overlap, as in the paper, and `fedjets-found` finds its anchors by itself.
+labels do not overlap, as in the paper, and `fedjets-found` finds its anchors by itself. The gate of
+`fedjets-fitted` is computed from what its anchors tell (`fedmoe.nn.gates.discriminant`), and its
+experts start from the common expert.
+
+Where an anchor has one label each, such a gate is a classifier, and choosing K experts is choosing
+K labels. What is left when experts are taken away is `discriminant-chosen`: a control that knows
+how many labels a client has, which `discriminant-head`, the same classifier, does not.
 """
 
 from collections.abc import Sequence
@@ -35,7 +41,7 @@ from fedmoe.federated.anchors import Anchors, at_random, by_labels, by_means
 from fedmoe.federated.average import by_examples
 from fedmoe.federated.features import Features
 from fedmoe.federated.fedavg import FedAvg
-from fedmoe.federated.fedjets import FedJETs, FedJETsClient, each_expert
+from fedmoe.federated.fedjets import FedJETs, FedJETsClient, Fitted, each_expert
 from fedmoe.federated.fedmoe import FedMoE
 from fedmoe.federated.frozen import FedAvgOnFrozen
 from fedmoe.federated.local import LocalMethod, LocalPlan, Phase
@@ -44,17 +50,22 @@ from fedmoe.federated.prototypes import Prototypes, prototypes
 from fedmoe.federated.rounds import Schedule
 from fedmoe.federated.select import memory_for
 from fedmoe.nn.classifier import StemAndHead, moe_head
-from fedmoe.nn.encoder import Encoded, PrototypeHead, of_encoder
+from fedmoe.nn.encoder import DiscriminantHead, Encoded, PrototypeHead, of_encoder
 from fedmoe.nn.experts.ffn import FFN
+from fedmoe.nn.gates.discriminant import DiscriminantGate
 from fedmoe.nn.gates.ranking import RankingGate
 from fedmoe.nn.init import seeded
 from fedmoe.nn.members import Members, Reads, of_gate
+from fedmoe.nn.ranking import Ranking
 from fedmoe.nn.vision import ConvStem
 from fedmoe.state import everything, load_state, other_than, split_state
 from fedmoe.types import ClientInfo, MoEState, State
 
 Anchoring = Literal["labels", "means", "random", "none"]
+Gating = Literal["trained", "fitted", "random"]
 Start = Literal["random", "encoder"]
+
+Head = type[nn.Linear] | type[PrototypeHead] | type[DiscriminantHead]
 
 SHAPE, NUM_CLASSES = (1, 28, 28), 10
 ACTIVE = 10  # clients that take part in a round
@@ -119,15 +130,18 @@ def heldout(
         fedjets(setup, "fedjets"),
         fedjets(setup, "fedjets-from-encoder", start="encoder"),
         fedjets(setup, "fedjets-found", anchoring="means"),
+        fedjets(setup, "fedjets-fitted", start="encoder", gating="fitted"),
         fedavg(setup, "fedavg"),
         replace(fedavg(setup, "fedavg-from-encoder"), factory=from_encoder),
         replace(fedavg(setup, "fedprox"), plan=proximal),
         replace(fedavg(setup, "fedprox-from-encoder"), factory=from_encoder, plan=proximal),
         linear_head(setup),
-        nearest_prototype(setup),
+        summed_head(setup, "prototypes", PrototypeHead),
+        summed_head(setup, "discriminant-head", DiscriminantHead),
         fedmix(setup),
         fedmoe(setup),
-        fedjets(setup, "fedjets-random-gate", trains_gate=False, control=True),
+        fedjets(setup, "fedjets-random-gate", gating="random", control=True),
+        summed_head(setup, "discriminant-chosen", DiscriminantHead, labels=setup.k, control=True),
     )
 
 
@@ -143,7 +157,8 @@ def ablations(
     """FedJETs with one thing changed at a time, on the same clients as `heldout`.
 
     K from 1 to M; anchors found, drawn, or none; three, five or all ten of a round's clients
-    anchors; experts that start from the common expert, or are heads on the encoder's features.
+    anchors; experts that start from the common expert, or are heads on the encoder's features; a
+    gate that is fitted.
     Argmax against weighted use is measured in each. M is told by `experts`: other experts, other
     anchors, and so other data.
     """
@@ -159,7 +174,8 @@ def ablations(
         fedjets(setup, "experts-from-encoder", start="encoder"),
         fedjets(setup, "experts-are-heads", reads="features"),
         fedjets(setup, "server-chooses", server_chooses=True),
-        fedjets(setup, "random-gate", trains_gate=False, control=True),
+        fedjets(setup, "fitted-gate", gating="fitted"),
+        fedjets(setup, "random-gate", gating="random", control=True),
     )
 
 
@@ -194,7 +210,7 @@ def fedjets(
     start: Start = "random",
     reads: Reads = "input",
     server_chooses: bool = False,
-    trains_gate: bool = True,
+    gating: Gating = "trained",
     control: bool = False,
 ) -> Experiment:
     """FedJETs. Of a round's clients at most `anchors_per_round` are anchors, the rest are not."""
@@ -205,7 +221,7 @@ def fedjets(
     schedule = replace(setup.schedule, clients_per_round=None, quotas=quotas)
     plan = replace(
         setup.plan_on_encoder,
-        phases=(Phase(everything if trains_gate else other_than(of_gate)),),
+        phases=(Phase(everything if gating == "trained" else other_than(of_gate)),),
         method=FedJETsClient(gate_lr=0.02, full_test=setup.full_test),
     )
     strategy = FedJETs(
@@ -213,8 +229,17 @@ def fedjets(
         k=setup.k if k is None else k,
         chooses="server" if server_chooses else "client",
         frozen=of_encoder,
+        gate=Fitted(FEATURES, NUM_CLASSES) if gating == "fitted" else None,
     )
-    factory = partial(members, setup.common, setup.experts, setup.seed, start=start, reads=reads)
+    factory = partial(
+        members,
+        setup.common,
+        setup.experts,
+        setup.seed,
+        start=start,
+        reads=reads,
+        fitted=gating == "fitted",
+    )
     return Experiment(
         setup.name,
         method,
@@ -254,14 +279,18 @@ def linear_head(setup: Setup) -> Experiment:
     )
 
 
-def nearest_prototype(setup: Setup) -> Experiment:
-    """Class means on the frozen encoder; one round with everybody, and no other is needed."""
+def summed_head(
+    setup: Setup, method: str, head: Head, labels: int | None = None, control: bool = False
+) -> Experiment:
+    """A head of sums on the frozen encoder; one round with everybody, and no other is needed."""
+    summed = Prototypes(labels, full_test=setup.full_test)
     return replace(
-        fedavg(setup, "prototypes"),
-        factory=partial(on_encoder, setup.common, setup.seed, PrototypeHead),
+        fedavg(setup, method),
+        factory=partial(on_encoder, setup.common, setup.seed, head),
         strategy=prototypes(of_encoder),
-        plan=replace(setup.plan_on_encoder, method=Prototypes(full_test=setup.full_test)),
+        plan=replace(setup.plan_on_encoder, method=summed),
         schedule=replace(setup.schedule, clients_per_round=None),
+        control=control,
     )
 
 
@@ -294,19 +323,31 @@ def fedmoe(setup: Setup) -> Experiment:
 
 
 def members(
-    common: State, num_experts: int, seed: int, *, start: Start = "random", reads: Reads = "input"
+    common: State,
+    num_experts: int,
+    seed: int,
+    *,
+    start: Start = "random",
+    reads: Reads = "input",
+    fitted: bool = False,
 ) -> Members:
     """FedJETs' model: CNNs of the common expert's kind, and a gate on its features.
 
-    With `reads="features"` experts are small heads on the features, for which `start` has no say.
+    With `reads="features"` experts are small heads on the features, for which `start` has no say. A
+    gate that is to be fitted is a `DiscriminantGate`.
     """
 
     def expert() -> nn.Module:
         return small_cnn() if reads == "input" else FFN(FEATURES, HEAD_HIDDEN, NUM_CLASSES)
 
+    def gate() -> Ranking:
+        if fitted:
+            return DiscriminantGate(FEATURES, NUM_CLASSES, num_experts)
+        return RankingGate(FEATURES, GATE_HIDDEN, num_experts)
+
     def build() -> Members:
         return Members(
-            RankingGate(FEATURES, GATE_HIDDEN, num_experts),
+            gate(),
             [expert() for _ in range(num_experts)],
             NUM_CLASSES,
             SHAPE,
@@ -321,9 +362,6 @@ def members(
         for member in model.mixture.experts.values():
             load_cnn(member.get_submodule("model"), common)
     return model
-
-
-Head = type[nn.Linear] | type[PrototypeHead]
 
 
 def on_encoder(common: State, seed: int, head: Head) -> Encoded:

@@ -17,19 +17,21 @@ How ours differs, or is one reading of what the paper leaves open:
   rescaled to the experts at hand (fields of `nn.members.Members` and `nn.gates.ranking` say else);
 - experts are averaged over their trainers by examples; an expert without trainers stays;
 - an anchor's part in the mean of gates has a weight;
+- the gate may be computed from sums that anchors tell once, in place of being trained (`Fitted`);
 - a client with little memory gets as many experts as it holds;
 - the gate goes down twice to a normal client, in the question and with the work: messages leave
   nothing behind but the encoder. So a round moves, with 5 anchors, 5 normal clients and K = 2,
   15 gates and 15 experts down, and 10 gates and 15 experts up.
 
 What the server learns of a client's data: the set of K experts that it wants, and how its data
-moved the gate; both tell about its labels. With `chooses="server"` also the scores.
+moved the gate; both tell about its labels. With `chooses="server"` also the scores. With a fitted
+gate an anchor tells how many examples it has of each label, and sums of their features.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,7 @@ from fedmoe.federated.local import (
 )
 from fedmoe.federated.select import experts_that_fit
 from fedmoe.federated.sums import Sums
+from fedmoe.nn.discriminant import COUNT, SHRINK, fitted, nothing_told, told
 from fedmoe.profile import watch_gates
 from fedmoe.state import NameTest, moe_layers, nothing, other_than
 from fedmoe.types import (
@@ -61,11 +64,58 @@ from fedmoe.types import (
     ExpertId,
     Job,
     MoEState,
+    State,
     SubMoE,
+    Term,
     Terms,
 )
 
 ANCHOR = "anchor"  # the name of what tells a client that it is one
+TOLD = "told"  # the key of the mean of what anchors tell
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A gate that the server computes: the model's gate is a `gates.discriminant.DiscriminantGate`.
+
+    Each anchor tells its sums once, the first time that it takes part and its update arrives. The
+    clients' plan must not train the gate.
+
+    Attributes:
+        num_features, num_classes: F and C of the gate.
+        shrink: see `nn.discriminant.discriminant`.
+        prefix: of the gate's parameters among the model's.
+    """
+
+    num_features: int
+    num_classes: int
+    shrink: float = SHRINK
+    prefix: str = "mixture.gate."
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shrink < float("inf"):
+            raise ValueError(f"shrink must be a number above 0, got {self.shrink}")
+
+    def nothing(self, num_experts: int) -> dict[str, Tensor]:
+        """What the server knows before anybody tells."""
+        return nothing_told(self.num_features, self.num_classes, num_experts)
+
+    def put(self, model: MoEState, sums: State) -> MoEState:
+        """The model, its gate computed from these sums."""
+        gate = {self.prefix + n: t for n, t in fitted(sums, self.shrink).items()}
+        return MoEState({**model.shared, **gate}, model.experts)
+
+    def check(self, model: MoEState) -> None:
+        """Raise ValueError where the model's gate is another."""
+        wanted = fitted(self.nothing(len(model.experts)), self.shrink)
+        for name, value in wanted.items():
+            got = model.shared.get(self.prefix + name)
+            if got is None or got.shape != value.shape:
+                raise ValueError(
+                    f"gate is to be fitted, so the model must have a DiscriminantGate with "
+                    f"{self.prefix + name!r} of shape {tuple(value.shape)}, got "
+                    f"{'none' if got is None else tuple(got.shape)}"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +127,7 @@ class FedJETsState:
     room: Mapping[int, int]  # experts that each client is to hold, K or fewer
     have: frozenset[int] = frozenset()  # clients that have the encoder
     wanted: Mapping[int, SubMoE] = field(default_factory=dict)  # by who answered this round
+    told: State = field(default_factory=dict)  # of a fitted gate: the sums over anchors
 
 
 @dataclass(frozen=True)
@@ -91,6 +142,7 @@ class FedJETs:
         frozen: names the encoder's parameters.
         anchor_weight, normal_weight: of a client's gate in the mean. Paper: both the same. 0 leaves
             those clients' gates out.
+        gate: None, and clients train it (paper), or how it is computed.
     """
 
     anchors: Mapping[int, int]
@@ -99,6 +151,7 @@ class FedJETs:
     frozen: NameTest = nothing
     anchor_weight: int = 1
     normal_weight: int = 1
+    gate: Fitted | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -130,7 +183,10 @@ class FedJETs:
                     f"{e} for client {k}"
                 )
         room = {c.id: min(self.k, experts_that_fit(model, c.memory_bytes)) for c in clients}
-        return FedJETsState(0, model, room)
+        if self.gate is None:
+            return FedJETsState(0, model, room)
+        self.gate.check(model)
+        return FedJETsState(0, model, room, told=self.gate.nothing(len(model.experts)))
 
     def ask(self, state: FedJETsState, clients: Sequence[ClientInfo]) -> Mapping[int, Assignment]:
         """The gate, and the encoder at first, for every client but anchors to rank experts with."""
@@ -164,7 +220,8 @@ class FedJETs:
         for c in clients:
             if c.id in self.anchors:
                 own = frozenset({ExpertId(0, self.anchors[c.id])})
-                given[c.id] = self._sent(state, c.id, own, extra={ANCHOR: torch.ones(1)})
+                extra = {ANCHOR: torch.ones(1), **self._lacking(state, self.anchors[c.id])}
+                given[c.id] = self._sent(state, c.id, own, extra=extra)
             elif c.id in state.wanted:
                 given[c.id] = self._sent(state, c.id, state.wanted[c.id])
         return given
@@ -176,13 +233,21 @@ class FedJETs:
 
     def terms(self, state: FedJETsState) -> Terms:
         parts = ByPart(frozenset(self.anchors), self.anchor_weight, self.normal_weight)
-        return ByExpert(by_examples, parts)
+        if self.gate is None:
+            return ByExpert(by_examples, parts)
+        return WithTold(by_examples, replace(parts, anchor_weight=0, normal_weight=0))
 
     def settle(
         self, state: FedJETsState, sums: Sums, notes: Sequence[ClientUpdate]
     ) -> FedJETsState:
         have = state.have.union(note.client for note in notes)
-        return FedJETsState(state.round + 1, averaged(state.model, sums), state.room, have)
+        model, known = averaged(state.model, sums), state.told
+        if self.gate is not None and TOLD in sums:
+            nothing_yet = self.gate.nothing(len(model.experts))
+            mean, examples = sums.mean(TOLD, nothing_yet), sums[TOLD].weights()
+            known = {n: t + mean[n] * examples[n] for n, t in known.items()}
+            model = self.gate.put(model, known)
+        return FedJETsState(state.round + 1, model, state.room, have, told=known)
 
     def merged(self, state: FedJETsState) -> MoEState:
         return state.model
@@ -192,6 +257,12 @@ class FedJETs:
 
     def changes(self, state: FedJETsState) -> Sequence[Change]:
         return ()
+
+    def _lacking(self, state: FedJETsState, expert: int) -> State:
+        """What the anchor of this expert is to tell, in its shape."""
+        if self.gate is None or state.told[COUNT][:, expert].any():
+            return {}
+        return self.gate.nothing(len(state.model.experts))
 
     def _sent(
         self, state: FedJETsState, client: int, sub_moe: SubMoE, **more: object
@@ -213,10 +284,20 @@ class ByPart:
 
 
 @dataclass(frozen=True)
+class WithTold(ByExpert):
+    """Terms by expert, and what anchors tell: means over examples, each counts as many."""
+
+    def __call__(self, update: ClientUpdate) -> Iterator[Term]:
+        yield from super().__call__(update)
+        yield Term(TOLD, update.extra, update.num_examples)
+
+
+@dataclass(frozen=True)
 class FedJETsClient(LocalMethod):
     """What a client does: normal ones train gate and experts on one loss, anchors on two.
 
-    The model's gate must be a `nn.gates.ranking.RankingGate`, or have its `use` and `gate_mass`.
+    The model's gate must be a `nn.ranking.Ranking`, or have its `use` and `gate_mass`. One
+    that the plan does not train stays as it came.
     """
 
     gate_lr: float | None = None  # None: that of the plan
@@ -255,7 +336,7 @@ class FedJETsClient(LocalMethod):
         its_own = Examples(task.examples.x, torch.full_like(task.examples.y, expert))
         with _present(moe.present_E, ()):
             train(task.model, its_own, gate_plan, *rest, forward=_ranking)
-        return Trained(profile, loss)
+        return Trained(profile, loss, extra=_tell(task, expert) if COUNT in task.extra else {})
 
     def _gate_lr(self, plan: LocalPlan) -> float:
         return plan.lr if self.gate_lr is None else self.gate_lr
@@ -307,6 +388,29 @@ def each_expert(
             losses.append(nn.functional.cross_entropy(logit_BEC.mT, y_BE, reduction="none"))
             rights.append(logit_BEC.argmax(-1) == y_BE)
     return torch.cat(losses).cpu(), torch.cat(rights).cpu(), torch.cat(choices).cpu()
+
+
+@torch.no_grad()
+def _tell(task: LocalTask, expert: int) -> dict[str, Tensor]:
+    """What the anchor of this expert was asked for."""
+    [(_, moe)] = moe_layers(task.model)
+    num_classes, num_experts = task.extra[COUNT].shape
+    x_N, y_N = (t.to(task.device) for t in task.examples)
+    feature_NF = cast(Rows, task.model).rows(x_N)[:, -cast(Reads, moe.gate).width :]
+    own = told(feature_NF, y_N, num_classes, expert, num_experts)
+    return {n: t.cpu() for n, t in own.items()}
+
+
+class Rows(Protocol):
+    """A model whose gate reads the last columns of rows, as `nn.members.Members` is."""
+
+    def rows(self, x: Tensor) -> Tensor: ...
+
+
+class Reads(Protocol):
+    """A gate that reads so many columns, as `nn.ranking.Ranking`."""
+
+    width: int
 
 
 def gate_names(model: nn.Module) -> NameTest:

@@ -2,7 +2,7 @@
 
 FedJETs (Dun et al. 2023, arXiv:2306.08586) has one: the "common expert", trained beforehand on
 other data. A head on it is the plainest use of an encoder, and so what FedJETs must beat: a linear
-one, or prototypes, the means of each class (Snell et al. 2017, arXiv:1703.05175).
+one, prototypes, the means of each class (Snell et al. 2017, arXiv:1703.05175), or a discriminant.
 
 Shape suffixes: N examples, F features, C classes.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe.nn.classifier import StemAndHead
+from fedmoe.nn.discriminant import Moments, discriminant, moments_of
 from fedmoe.nn.experts.ffn import FFN, activate
 
 
@@ -61,6 +62,33 @@ class PrototypeHead(nn.Module):
         """Set the head to that of these examples alone."""
         self.count_C.copy_(y_N.bincount(minlength=len(self.count_C)))
         self.sum_CF.zero_().index_add_(0, y_N, feature_NF.to(self.sum_CF.dtype))
+
+
+class DiscriminantHead(nn.Module):
+    """The linear discriminant of the classes (`nn.discriminant`), all of them alike likely.
+
+    As `PrototypeHead`, whose distances it measures in units of how much the features of one class
+    vary, in each direction: its parameters are sums over examples too, and clients' are averaged.
+    """
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.sum_CF = nn.Parameter(torch.zeros(num_classes, num_features))
+        self.count_C = nn.Parameter(torch.zeros(num_classes))
+        self.second_FF = nn.Parameter(torch.zeros(num_features, num_features))
+
+    def forward(self, feature_NF: Tensor) -> Tensor:
+        weight_CF, bias_C = discriminant(Moments(self.count_C, self.sum_CF, self.second_FF))
+        dtype = feature_NF.dtype
+        return nn.functional.linear(feature_NF, weight_CF.to(dtype), bias_C.to(dtype))
+
+    @torch.no_grad()
+    def fit(self, feature_NF: Tensor, y_N: Tensor) -> None:
+        """Set the head to that of these examples alone."""
+        own = moments_of(feature_NF.to(self.sum_CF.dtype), y_N, len(self.count_C))
+        self.count_C.copy_(own.count_C)
+        self.sum_CF.copy_(own.sum_CF)
+        self.second_FF.copy_(own.second_FF)
 
 
 class Encoded(nn.Module):

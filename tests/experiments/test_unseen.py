@@ -19,11 +19,13 @@ from fedmoe.report.rows import full_row
 from fedmoe.state import split_state, state_hash, take_names
 
 HELDOUT = {
-    "fedjets", "fedjets-from-encoder", "fedjets-found", "fedavg", "fedavg-from-encoder", "fedprox",
-    "fedprox-from-encoder", "linear-head", "prototypes", "fedmix", "fedmoe", "fedjets-random-gate",
+    "fedjets", "fedjets-from-encoder", "fedjets-found", "fedjets-fitted", "fedavg",
+    "fedavg-from-encoder", "fedprox", "fedprox-from-encoder", "linear-head", "prototypes",
+    "discriminant-head", "fedmix", "fedmoe", "fedjets-random-gate", "discriminant-chosen",
 }  # fmt: skip
 LIKE_FEDJETS = {"fedjets-from-encoder", "fedjets-found", "fedjets-random-gate"}
-ON_ENCODER = {"linear-head", "prototypes"}
+ON_ENCODER = {"linear-head", "prototypes", "discriminant-head", "discriminant-chosen"}
+CONTROLS = {"fedjets-random-gate", "discriminant-chosen"}
 
 
 def pictures(num: int = 1_200) -> Examples:
@@ -58,7 +60,7 @@ def small(monkeypatch):
 def test_all_that_fedjets_must_beat_is_there(small):
     runs = unseen.heldout()
     assert runs.keys() == HELDOUT
-    assert {m for m, e in runs.items() if e.control} == {"fedjets-random-gate"}
+    assert {m for m, e in runs.items() if e.control} == CONTROLS
     for m, e in runs.items():
         assert e.method == m and len(e.unseen) == 2 and e.data.partition_hash
         assert not {c.id for c in e.unseen} & {c.id for c in e.clients}

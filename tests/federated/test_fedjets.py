@@ -11,10 +11,19 @@ from fedmoe.exchange.inprocess import in_process
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.federated.check import check_update
 from fedmoe.federated.features import Features
-from fedmoe.federated.fedjets import FedJETs, FedJETsClient, FedJETsState, each_expert, gate_names
+from fedmoe.federated.fedjets import (
+    FedJETs,
+    FedJETsClient,
+    FedJETsState,
+    Fitted,
+    each_expert,
+    gate_names,
+)
 from fedmoe.federated.local import LocalPlan, LocalTask, Phase, work
 from fedmoe.federated.rounds import Schedule, run_rounds
+from fedmoe.nn.discriminant import discriminant, moments_of
 from fedmoe.nn.encoder import of_encoder
+from fedmoe.nn.gates.discriminant import DiscriminantGate
 from fedmoe.nn.gates.ranking import RankingGate
 from fedmoe.nn.gates.topk import TopKGate
 from fedmoe.nn.init import seeded
@@ -393,6 +402,70 @@ def test_its_state_can_be_saved(tmp_path):
         heard.wanted,
     )
     assert state_hash(again.model) == state_hash(heard.model)
+
+
+def fitted_model(seed=0):
+    net = model(seed)
+    net.mixture.gate = DiscriminantGate(F, CLASSES, M)
+    return net
+
+
+class FittedSimulation(Simulation):
+    """A run whose gate is fitted: `lost` anchors' first updates never arrive."""
+
+    def __init__(self, folder, rounds, lost=()):
+        plan = replace(PLAN, phases=(Phase(other_than(of_gate)),))
+        inner = in_process(fitted_model, client_data, plan, 0, store=PersonalStore(folder))
+        self.up, self.down, self.states = [], [], []
+
+        def exchange(assignments):
+            self.down += assignments.values()
+            for reply in inner(assignments):
+                if reply.client in lost and reply.profile.count_LE.any() and len(self.states) == 0:
+                    yield ClientFailure(reply.client, "lost")
+                else:
+                    self.up.append(reply)
+                    yield reply
+
+        own = strategy(gate=Fitted(F, CLASSES))
+        start = own.init(split_state(fitted_model()), CLIENTS)
+        self.end = run_rounds(own, start, CLIENTS, exchange, Schedule(rounds, quotas=QUOTAS),
+                              after_round=lambda report: self.states.append(report))
+
+
+def test_a_fitted_gate_is_that_of_all_anchors_examples_together(tmp_path):
+    run = FittedSimulation(tmp_path, rounds=3)
+    asked = [a for a in run.down if "count_CE" in a.extra]
+    assert len(asked) == M  # each anchor once, though all take part in every round
+    net = fitted_model()
+    load_state(net, run.end.model)
+    data = {k: client_data(k).train for k in ANCHORS}
+    rows = torch.cat([net.rows(x)[:, -F:] for x, _ in data.values()])
+    y_N = torch.cat([y for _, y in data.values()])
+    weight_CF, bias_C = discriminant(moments_of(rows, y_N, CLASSES))
+    gate = net.mixture.gate
+    torch.testing.assert_close(gate.proj.weight.double(), weight_CF, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gate.proj.bias.double(), bias_C, rtol=1e-3, atol=1e-3)
+    for label in range(CLASSES):
+        count_M = torch.tensor([float((y == label).sum()) for _, y in data.values()])
+        torch.testing.assert_close(gate.share_CE[label], count_M / count_M.sum())
+
+
+def test_an_anchor_whose_update_was_lost_is_asked_again(tmp_path):
+    run = FittedSimulation(tmp_path / "a", rounds=2, lost={3})
+    asked = [a.round for a in run.down if "count_CE" in a.extra]
+    assert asked == [0] * M + [1]
+    whole = FittedSimulation(tmp_path / "b", rounds=2)
+    for name in ("proj.weight", "proj.bias", "share_CE"):
+        one, other = (r.end.model.shared[f"mixture.gate.{name}"] for r in (run, whole))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fitted_gate_wants_a_gate_that_can_be_fitted():
+    with pytest.raises(ValueError, match="DiscriminantGate with 'mixture.gate.proj.weight'"):
+        strategy(gate=Fitted(F, CLASSES)).init(FULL, CLIENTS)
+    with pytest.raises(ValueError, match="shrink must be a number above 0, got 0"):
+        Fitted(F, CLASSES, shrink=0)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from fedmoe.data.examples import Examples
 from fedmoe.exchange.inprocess import in_process
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.federated.features import Features
@@ -95,3 +96,20 @@ def test_prototypes_are_those_of_all_clients_examples_together(tmp_path):
     for name, value in end.model.shared.items():
         assert torch.equal(value, again.model.shared[name])  # a second round adds nothing
     assert all(0 <= m["received_test"] <= 1 for m in reports[-1].metrics.values())
+
+
+def test_a_client_with_few_labels_is_told_apart_among_its_likeliest(tmp_path):
+    """Logits are what the encoder gives: the two labels of the largest sums are 1 and 2."""
+
+    class AsItIs(nn.Module):
+        def forward(self, x_NC):
+            return x_NC
+
+    p_NC = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.1, 0.1, 0.8], [0.0, 0.6, 0.4]])
+    examples = Examples(p_NC.log(), torch.tensor([1, 1, 2, 2]))
+    plain, chosen = (
+        Prototypes(labels).serve(AsItIs(), examples, torch.device("cpu"))["served_test"]
+        for labels in (None, 2)
+    )
+    assert (plain, chosen) == (0.5, 0.75)  # the first is no longer taken for 0
+    assert Prototypes(9).serve(AsItIs(), examples, torch.device("cpu"))["served_test"] == plain

@@ -1,28 +1,19 @@
 """A gate that ranks whole models: two linear maps and a softmax, on an encoder's features.
 
-The expert ranker of FedJETs (Dun et al. 2023, arXiv:2306.08586). It has no row for each expert: it
-travels as one piece and ranks all experts wherever it is, held or not. The paper trains with the
-scores of the held experts and uses the best one alone; whether those scores are rescaled to sum to
-1 cannot be read from it, so here `gate_mass` says.
+The expert ranker of FedJETs (Dun et al. 2023, arXiv:2306.08586). The paper trains with the scores
+of the held experts and uses the best one alone; whether those scores are rescaled to sum to 1
+cannot be read from it, so here `gate_mass` says (see `fedmoe.nn.ranking.Ranking`).
 
-Shape suffixes: T tokens, D numbers of a token, F features, E experts.
+Shape suffixes: T tokens, F features, E experts.
 """
 
-from typing import Literal
-
-import torch
 from torch import Tensor, nn
 
-from fedmoe.types import Routing
-
-Use = Literal["best", "weighted"]
-GateMass = Literal["renormalise", "full"]
+from fedmoe.nn.ranking import GateMass, Ranking, Use, linear
 
 
-class RankingGate(nn.Module):
-    """Softmax over all experts of a two-layer perceptron on the last `width` numbers of a token."""
-
-    row_names: tuple[str, ...] = ()
+class RankingGate(Ranking):
+    """The paper's: softmax over all experts of a two-layer perceptron, trained with the experts."""
 
     def __init__(
         self,
@@ -33,51 +24,10 @@ class RankingGate(nn.Module):
         use: Use = "best",
         gate_mass: GateMass = "renormalise",
     ) -> None:
-        """
-        Args:
-            use: outside training, each token runs its best present expert alone, or all present
-                ones by their scores. In training always the latter.
-            gate_mass: "renormalise" gives the score of absent experts to the present ones, "full"
-                drops it.
-        """
-        super().__init__()
-        if use not in ("best", "weighted"):
-            raise ValueError(f'use must be "best" or "weighted", got {use!r}')
-        if gate_mass not in ("renormalise", "full"):
-            raise ValueError(f'gate_mass must be "renormalise" or "full", got {gate_mass!r}')
-        self.width, self.num_experts = width, num_experts
-        self.use, self.gate_mass = use, gate_mass
+        """`use` and `gate_mass` are those of `Ranking`."""
+        super().__init__(width, num_experts, use, gate_mass)
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, num_experts)
 
-    def forward(self, x_TD: Tensor, present_E: Tensor) -> Routing:
-        """Rows of `score_TE` sum to 1 over all experts, whoever is present: so a scout that holds
-        none still learns which it wants. Rows of `weight_TE` sum to 1 over the present experts, or
-        with "full" to their scores; the best one alone, outside training, weighs 1 with either.
-
-        Raises:
-            ValueError: the tokens are narrower than `width`.
-        """
-        if x_TD.shape[-1] < self.width:
-            raise ValueError(f"x must have at least {self.width} features, got {x_TD.shape[-1]}")
-        # Half precision would make ties, and so accidents, of close scores.
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            hidden_TF = _linear(self.up, x_TD[:, -self.width :].to(dtype)).relu()
-            all_TE = _linear(self.down, hidden_TF)
-            score_TE = all_TE.softmax(-1)
-            logit_TE = all_TE.masked_fill(~present_E, -torch.inf)
-            if not present_E.any():
-                weight_TE = score_TE * present_E
-            elif not self.training and self.use == "best":
-                best_T1 = logit_TE.argmax(-1, keepdim=True)
-                weight_TE = torch.zeros_like(score_TE).scatter(-1, best_T1, 1.0)
-            elif self.gate_mass == "full":
-                weight_TE = score_TE * present_E
-            else:
-                weight_TE = logit_TE.softmax(-1)
-        return Routing(weight_TE, score_TE, logit_TE)
-
-
-def _linear(layer: nn.Linear, x_TD: Tensor) -> Tensor:
-    return nn.functional.linear(x_TD, layer.weight.to(x_TD.dtype), layer.bias.to(x_TD.dtype))
+    def rank(self, feature_TF: Tensor) -> Tensor:
+        return linear(self.down, linear(self.up, feature_TF).relu())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedmoe.nn.gates.discriminant import DiscriminantGate
 from fedmoe.nn.gates.ranking import RankingGate
 from fedmoe.nn.gates.topk import TopKGate
 from fedmoe.nn.init import seeded
@@ -15,9 +16,10 @@ GATES: dict[str, Callable[[], nn.Module]] = {
     "topk": lambda: TopKGate(D, E, k=2),
     "topk_full": lambda: TopKGate(D, E, k=2, gate_mass="full"),
     "ranking": lambda: RankingGate(D, 6, E),
+    "discriminant": lambda: DiscriminantGate(D, 5, E),
     "ranking_full": lambda: RankingGate(D, 6, E, gate_mass="full"),
 }
-SHARES_SUM_TO_1 = {"topk", "ranking"}  # the weights of the others may sum to less
+SHARES_SUM_TO_1 = {"topk", "ranking", "discriminant"}  # the weights of the others may sum to less
 
 
 @pytest.fixture(params=GATES, ids=str)
