@@ -176,10 +176,10 @@ def one_by_one(model, plan):
 METHODS = {
     "ditto": Ditto(0.3),
     "ditto, longer": Ditto(0.3, epochs=3),
-    "ditto, alone": Ditto(0.0),
     "blend": Blend(),
     "reap": Reaping(),
 }
+FITTING = [("ditto", p) for p in PLANS] + [(m, "momentum") for m in METHODS if m != "ditto"]
 
 
 def rounds(make, plan, data, trainer):
@@ -205,8 +205,7 @@ def shifted(model: MoEState) -> MoEState:
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, plan", FITTING)
 def test_methods_that_train_in_their_own_way_are_compiled_too(method, plan, monkeypatch):
     """The device holds other experts in each client, and some get no tokens."""
     plan = replace(PLANS[plan], method=METHODS[method])
@@ -245,8 +244,10 @@ def small():
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("plan", [p for p in PLANS if p not in ("z", "all")])
-@pytest.mark.parametrize("mixes", ["probabilities", "logits"])
+@pytest.mark.parametrize(
+    "mixes, plan",
+    [("logits", "plain"), *(("probabilities", p) for p in PLANS if p not in ("z", "all"))],
+)
 def test_the_chosen_of_several_members_is_compiled(mixes, plan, monkeypatch):
     make = partial(members, mixes, (3, PIXELS // 3), small)
     fitted = watched(monkeypatch)
