@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from fedmoe.data.examples import Examples
 from fedmoe.federated import local
-from fedmoe.federated.local import Adjust, Forward, LocalPlan, Phase, finite_loss, moving_in
+from fedmoe.federated.local import (
+    Adjust,
+    Correction,
+    Forward,
+    LocalPlan,
+    Phase,
+    finite_loss,
+    moving_in,
+)
 from fedmoe.native import client as native
 from fedmoe.nn.members import Members
 from fedmoe.nn.stages import (
@@ -96,7 +104,7 @@ def train(
     if (
         isinstance(stages, str)
         or examples_unfit(stages, part, shown)
-        or adjust is not None
+        or not (adjust is None or isinstance(adjust, Correction))
         or forward is not None
         or (only is not None and plan.z)  # its gate has no logits: an error
     ):
@@ -116,6 +124,7 @@ def train(
             id(p): p.detach().clone() if towards is None else towards[name]
             for name, p in named_by_role(model)
         }
+    corrected = {} if adjust is None else {id(p): name for name, p in named_by_role(model)}
     num_experts = max(sizes, default=0)
     total = ActivationProfile.empty(len(sizes), num_experts)
     loss_sum, seen = 0.0, 0
@@ -135,7 +144,7 @@ def train(
         if (moving is not None and not moving) or phase.epochs < 1:
             continue
         orders = [torch.randperm(len(y_N), generator=generator) for _ in range(phase.epochs)]
-        weights = _Weights(moving, received)
+        weights = _Weights(moving, received, corrected, adjust)
         used = native.train(
             list(_native(stages, weights, x_N.shape)),
             x_N,
@@ -145,7 +154,7 @@ def train(
             num_experts,
             settings,
         )
-        weights.give_back()
+        weights.finish()
         tokens = phase.epochs * len(y_N)
         if only is None:
             told = used.count_LE, used.weight_LE, used.score_LE
@@ -202,29 +211,54 @@ def _channels_last(x_N: Tensor) -> Tensor:
 class _Weights:
     """Parameters as the kernel takes them: themselves where they lie in memory as it wants."""
 
-    def __init__(self, moving: set[int] | None, received: Mapping[int, Tensor]) -> None:
-        self.moving, self.received = moving, received  # by parameters' id
+    def __init__(
+        self,
+        moving: set[int] | None,
+        received: Mapping[int, Tensor],
+        corrected: Mapping[int, str],
+        correction: Correction | None,
+    ) -> None:
+        # All by parameters' id.
+        self.moving, self.received, self.corrected = moving, received, corrected
+        self.correction = correction
         self.copies: list[tuple[Tensor, Tensor]] = []
+        self.met: dict[str, tuple[Tensor, Tensor]] = {}  # totals as the parameter lies, and steps
 
     def of(self, p: Tensor) -> native.Weight:
         moves = self.moving is None or id(p) in self.moving
-        if p.dim() <= 2 and p.is_contiguous():
-            return native.Weight(p, moves, self.received.get(id(p)))
-        ours = _laid_out(p.detach())
+        value = self._written(p.detach(), moves)
+        if not moves:
+            return native.Weight(value, moves)
+        received, shift, met = self.received.get(id(p)), None, None
+        if self.correction is not None:
+            name = self.corrected[id(p)]
+            shift = self.correction.shift.get(name)
+            total, steps = torch.zeros_like(p), torch.zeros(1, dtype=torch.int64)
+            self.met[name] = total, steps
+            met = native.Met(self._written(total), steps)
+        return native.Weight(value, moves, _read(received), _read(shift), met)
+
+    def _written(self, t: Tensor, back: bool = True) -> Tensor:
+        """What the kernel may write, and `finish` brings back."""
+        ours = _laid_out(t)
         value = ours.contiguous()
-        if moves and value is not ours:
+        if back and value is not ours:
             self.copies.append((ours, value))
-        received = self.received.get(id(p))
-        return native.Weight(
-            value, moves, None if received is None else _laid_out(received).contiguous()
-        )
+        return value
 
     def linear(self, m: nn.Linear) -> native.Linear:
         return native.Linear(self.of(m.weight), None if m.bias is None else self.of(m.bias))
 
-    def give_back(self) -> None:
+    def finish(self) -> None:
         for ours, value in self.copies:
             ours.copy_(value)
+        for name, (total, steps) in self.met.items():
+            if self.correction is not None and steps:
+                self.correction.add(name, total, int(steps))
+
+
+def _read(t: Tensor | None) -> Tensor | None:
+    return None if t is None else _laid_out(t).contiguous()
 
 
 def _laid_out(t: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Shape suffixes: N examples, B examples of a batch, C classes.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -52,6 +53,29 @@ Adjust = Callable[[str, nn.Parameter], None]  # may change a parameter's gradien
 BuildPart = Callable[[Callable[[], nn.Module], SubMoE], nn.Module]
 Done = tuple[ClientUpdate, MoEState | None]  # what goes to the server, and what a client keeps
 Forward = Callable[[nn.Module, Tensor], Tensor]  # a model and inputs (B, ...) to logits (B, C)
+
+
+@dataclass(eq=False)
+class Correction:
+    """An `Adjust` that adds a constant to gradients, and keeps what they were without it.
+
+    A value and not just a function, so that a faster way of training can do the same.
+    """
+
+    shift: State  # added to a parameter's gradient in each step, by role; others stay as they are
+    met: dict[str, Tensor] = field(default_factory=dict)  # the sum of the gradients over steps
+    steps: Counter[str] = field(default_factory=Counter)  # in how many steps there was one
+
+    def __call__(self, name: str, p: nn.Parameter) -> None:
+        assert p.grad is not None
+        self.add(name, p.grad, 1)
+        if name in self.shift:
+            p.grad.add_(self.shift[name])
+
+    def add(self, name: str, total: Tensor, steps: int) -> None:
+        """Count the sum of the gradients of so many steps more."""
+        self.met[name] = self.met[name] + total if name in self.met else total.clone()
+        self.steps[name] += steps
 
 
 class Fit(Protocol):

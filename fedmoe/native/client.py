@@ -30,6 +30,15 @@ class Weight(NamedTuple):
     value: Tensor
     moves: bool = True
     received: Tensor | None = None  # what a proximal term pulls towards
+    shift: Tensor | None = None  # added to each step's gradient, before it is clipped
+    met: "Met | None" = None  # what the gradients were, without the shift
+
+
+class Met(NamedTuple):
+    """Written in training."""
+
+    total: Tensor  # the sum of a parameter's gradients, of its shape
+    steps: Tensor  # (1,) int64: in how many steps it had one
 
 
 class Linear(NamedTuple):
@@ -135,6 +144,9 @@ def train(
         (ctypes.c_int64 * len(program))(*program),
         _pointers([w.value for w in weights]),
         _pointers([w.received if proximal and w.moves else None for w in weights]),
+        _pointers([w.shift if w.moves else None for w in weights]),
+        _pointers([w.met.total if w.met and w.moves else None for w in weights]),
+        _pointers([w.met.steps if w.met and w.moves else None for w in weights]),
         ctypes.byref(_settings(settings, num_classes, x_N[0].numel())),
         ctypes.c_void_p(x_N.data_ptr()),
         ctypes.c_void_p(y_N.data_ptr()),
@@ -294,10 +306,14 @@ class _Telling:
         return (high, wide, out), high * wide * out
 
     def _weight(self, w: Weight, shape: tuple[int, int], layout: int) -> int:
-        for t in (w.value,) if w.received is None else (w.value, w.received):
+        for t in (w.value, w.received, w.shift, w.met and w.met.total):
+            if t is None:
+                continue
             _check_tensor("a parameter", t, torch.float32)
             if t.numel() != shape[0] * shape[1]:
                 raise ValueError(f"a parameter must be {shape}, got {tuple(t.shape)}")
+        if w.met is not None:
+            _check_tensor("steps", w.met.steps, torch.int64)
         self.weights.append(w)
         self.shapes += [*shape, w.moves, layout]
         return len(self.weights) - 1
@@ -470,12 +486,14 @@ struct Settings {
 
 // A parameter as we keep it: padded, and transposed where that makes for better products.
 struct Matrix {
-  float* theirs = nullptr;
-  const float* received = nullptr;
+  float *theirs = nullptr, *their_met = nullptr;
+  const float *received = nullptr, *their_shift = nullptr;
+  int64_t* steps = nullptr;  // in which it had a gradient; wanted where `met` is
   int64_t rows = 0, cols = 0, chunk = 0, chunk_padded = 0;
   bool moves = false, flipped = false, vector = false, touched = false;
   int64_t height = 0, width = 0;
-  float *w = nullptr, *g = nullptr, *v = nullptr, *r = nullptr;
+  // Weight, gradient, momentum, what it is pulled to, its shift, and the gradients' sum.
+  float *w = nullptr, *g = nullptr, *v = nullptr, *r = nullptr, *shift = nullptr, *met = nullptr;
 
   int64_t size() const { return height * width; }
   // Calls `pass(theirs, ours, n)` with the places of n numbers; in tiles, so that what is
@@ -500,12 +518,12 @@ struct Matrix {
         std::memcpy(to + b, from + a, n * sizeof(float));
     });
   }
-  void give_back() const {
+  void give_back(const float* from, float* to) const {
     runs([&](int64_t a, int64_t b, int64_t n) {
       if (flipped)
-        for (int64_t j = 0; j < n; j++) theirs[a + j] = w[b + j * width];
+        for (int64_t j = 0; j < n; j++) to[a + j] = from[b + j * width];
       else
-        std::memcpy(theirs + a, w + b, n * sizeof(float));
+        std::memcpy(to + a, from + b, n * sizeof(float));
     });
   }
 };
@@ -985,6 +1003,11 @@ struct Client {
       if (set.proximal != 0)
         for (int64_t i = 0; i < m.size(); i += LANES)
           store(m.g + i, load(m.g + i) + float(set.proximal) * (load(m.w + i) - load(m.r + i)));
+      if (m.met) {
+        add_scaled(m.met, m.g, 1, m.size());
+        ++*m.steps;
+      }
+      if (m.shift) add_scaled(m.g, m.shift, 1, m.size());
       if (set.clips)
         for (int64_t i = 0; i < m.height; i++)
           norm += dot(m.g + i * m.width, m.g + i * m.width, m.width);
@@ -1137,6 +1160,8 @@ static void lay_out(Client& c, Arena& arena) {
     if (m.moves && !c.fused) m.g = floats(m.size());
     if (m.moves && c.set.momentum != 0) m.v = floats(m.size());
     if (m.moves && c.set.proximal != 0) m.r = floats(m.size());
+    if (m.their_shift) m.shift = floats(m.size());
+    if (m.their_met) m.met = floats(m.size());
   }
   c.x = floats(n * c.x_width);
   for (Stage& s : c.stages) {
@@ -1172,6 +1197,7 @@ static void lay_out(Client& c, Arena& arena) {
 
 // Trains all epochs of one phase, in place. Returns 0, or 1 where there is not enough memory.
 extern "C" int train(const int64_t* program, float* const* theirs, const float* const* received,
+                     const float* const* shift, float* const* met, int64_t* const* steps,
                      const Settings* set, const float* x_N, const int64_t* y_N,
                      const int64_t* order, int64_t epochs, int64_t num, double* loss_sum,
                      int64_t* count, double* weight_sum, double* score_sum, int64_t most_experts) {
@@ -1181,6 +1207,13 @@ extern "C" int train(const int64_t* program, float* const* theirs, const float* 
   c.fused = set->momentum == 0 && set->weight_decay == 0 && set->proximal == 0 && !set->clips;
   Reader in{program};
   read(c, in);
+  for (size_t i = 0; i < c.params.size(); i++) {
+    Matrix& m = c.params[i];
+    m.their_shift = shift[i];
+    m.their_met = met[i];
+    m.steps = steps[i];
+    if (shift[i] || met[i]) c.fused = false;
+  }
   const Stage& first = c.stages.front();
   c.x_width = first.kind == CONV ? first.conv.height * first.conv.width * first.conv.channels
                                  : padded(set->features);
@@ -1194,6 +1227,7 @@ extern "C" int train(const int64_t* program, float* const* theirs, const float* 
     m.theirs = theirs[i];
     m.copy(theirs[i], m.w);
     if (m.r) m.copy(received[i], m.r);
+    if (m.shift) m.copy(m.their_shift, m.shift);
   }
   int64_t layer = 0;
   for (Stage& s : c.stages)
@@ -1217,8 +1251,10 @@ extern "C" int train(const int64_t* program, float* const* theirs, const float* 
       total += double(c.step(label.data(), n)) * double(n);
     }
   *loss_sum += c.broken ? std::numeric_limits<double>::quiet_NaN() : total;
-  for (const Matrix& m : c.params)
-    if (m.moves) m.give_back();
+  for (const Matrix& m : c.params) {
+    if (m.moves) m.give_back(m.w, m.theirs);
+    if (m.met) m.give_back(m.met, m.their_met);
+  }
   return 0;
 }
 """

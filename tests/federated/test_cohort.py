@@ -24,6 +24,7 @@ from fedmoe.federated.methods.blend import Blend
 from fedmoe.federated.methods.clusters import BestMember
 from fedmoe.federated.methods.ditto import Ditto
 from fedmoe.federated.methods.reap import Reaping
+from fedmoe.federated.methods.scaffold import Controlled, zeros_by_role
 from fedmoe.native import client as native
 from fedmoe.nn.classifier import StemAndHead, dense_classifier
 from fedmoe.nn.experts.ffn import FFN
@@ -151,6 +152,7 @@ def same(slow, fast):
         a, b = update.profile, got.profile
         assert torch.equal(a.count_LE, b.count_LE) and torch.equal(a.token_L, b.token_L)
         close((a.weight_LE, a.score_LE), (b.weight_LE, b.score_LE), atol=1e-5)
+        close(dict(update.extra), dict(got.extra))
         assert got.metrics == pytest.approx(dict(update.metrics), abs=1e-6)
         assert (got.client, got.num_examples) == (update.client, update.num_examples)
 
@@ -178,18 +180,25 @@ METHODS = {
     "ditto, longer": Ditto(0.3, epochs=3),
     "blend": Blend(),
     "reap": Reaping(),
+    "scaffold": Controlled(),
 }
-FITTING = [("ditto", p) for p in PLANS] + [(m, "momentum") for m in METHODS if m != "ditto"]
+FITTING = [
+    *((m, p) for m in ("ditto", "scaffold") for p in PLANS),
+    *((m, "momentum") for m in METHODS if m not in ("ditto", "scaffold")),
+]
 
 
-def rounds(make, plan, data, trainer):
+def rounds(make, plan, data, trainer, clients=tuple(range(5))):
     """Two rounds of the same work, one by one and by `trainer`, from the same kept tensors."""
     assert supported(make(), plan, trainer) is None
     own, found = {}, []
     for round in range(2):
-        jobs = {c: replace(a, round=round) for c, a in jobs_of(make, evaluate=True).items()}
+        jobs = {c: assignment(make, c, round=round, evaluate=True) for c in clients}
         if round:  # what came is another model than what the client had
-            jobs = {c: replace(a, model=shifted(a.model)) for c, a in jobs.items()}
+            jobs = {c: replace(a, model=scaled(a.model)) for c, a in jobs.items()}
+        if isinstance(plan.method, Controlled):
+            control = {n: t + 0.01 for n, t in zeros_by_role(split_state(make())).items()}
+            jobs = {c: replace(a, extra=control) for c, a in jobs.items()}
         slow, fast = both(make, plan, trainer, data, jobs, own)
         same(slow, fast)
         own = {c: kept for c, (_, kept) in slow.items()}
@@ -197,9 +206,9 @@ def rounds(make, plan, data, trainer):
     return found
 
 
-def shifted(model: MoEState) -> MoEState:
+def scaled(model: MoEState) -> MoEState:
     def by(state):
-        return {n: t + 0.02 for n, t in state.items()}
+        return {n: 0.9 * t for n, t in state.items()}
 
     return MoEState(by(model.shared), {e: by(s) for e, s in model.experts.items()})
 
@@ -211,6 +220,17 @@ def test_methods_that_train_in_their_own_way_are_compiled_too(method, plan, monk
     plan = replace(PLANS[plan], method=METHODS[method])
     fitted = watched(monkeypatch)
     rounds(MODELS["two layers"], plan, data_of, "compiled")
+    assert fitted and all(fitted)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("method", ["ditto", "scaffold"])
+def test_methods_are_compiled_with_convolutions_too(method, monkeypatch):
+    plan = replace(PLAN, lr=0.005, momentum=0.5, clip=1.0, method=METHODS[method])
+    data = lambda c: data_of(c, (1, 28, 28), num=7)  # noqa: E731
+    fitted = watched(monkeypatch)
+    make = partial(fashion_cnn, EXPERTS, 6, num_classes=CLASSES)
+    rounds(make, plan, data, "compiled", clients=(0, 3))
     assert fitted and all(fitted)
 
 
