@@ -17,6 +17,7 @@ from fedmoe.federated.local import (
     Forward,
     LocalPlan,
     Phase,
+    Slope,
     finite_loss,
     moving_in,
 )
@@ -104,7 +105,8 @@ def train(
     if (
         isinstance(stages, str)
         or examples_unfit(stages, part, shown)
-        or not (adjust is None or isinstance(adjust, Correction))
+        or not (adjust is None or isinstance(adjust, Correction | Slope))
+        or (isinstance(adjust, Slope) and plan.proximal)  # one thing to compare with is enough
         or forward is not None
         or (only is not None and plan.z)  # its gate has no logits: an error
     ):
@@ -119,12 +121,15 @@ def train(
         x_N = _channels_last(x_N)
     x_N, y_N = x_N.contiguous(), y_N.contiguous()
     received: dict[int, Tensor] = {}
-    if plan.proximal:
+    if isinstance(adjust, Slope):
+        received = {id(p): adjust.origin[name] for name, p in named_by_role(model)}
+    elif plan.proximal:
         received = {
             id(p): p.detach().clone() if towards is None else towards[name]
             for name, p in named_by_role(model)
         }
-    corrected = {} if adjust is None else {id(p): name for name, p in named_by_role(model)}
+    correction = adjust if isinstance(adjust, Correction) else None
+    corrected = {} if correction is None else {id(p): name for name, p in named_by_role(model)}
     num_experts = max(sizes, default=0)
     total = ActivationProfile.empty(len(sizes), num_experts)
     loss_sum, seen = 0.0, 0
@@ -138,13 +143,14 @@ def train(
         z=plan.z,
         clip=plan.clip,
         proximal=plan.proximal,
+        slope=isinstance(adjust, Slope),
     )
     for phase in plan.phases:
         moving = _moving(phase, plan, model)
         if (moving is not None and not moving) or phase.epochs < 1:
             continue
         orders = [torch.randperm(len(y_N), generator=generator) for _ in range(phase.epochs)]
-        weights = _Weights(moving, received, corrected, adjust)
+        weights = _Weights(moving, received, corrected, correction)
         used = native.train(
             list(_native(stages, weights, x_N.shape)),
             x_N,
@@ -155,6 +161,8 @@ def train(
             settings,
         )
         weights.finish()
+        if isinstance(adjust, Slope):
+            adjust.total += used.slope
         tokens = phase.epochs * len(y_N)
         if only is None:
             told = used.count_LE, used.weight_LE, used.score_LE

@@ -78,6 +78,21 @@ class Correction:
         self.steps[name] += steps
 
 
+@dataclass(eq=False)
+class Slope:
+    """An `Adjust` that changes nothing: it adds up over steps the inner product of the gradient and
+    the distance from `origin`, which is the loss's slope along the line from there.
+    """
+
+    origin: State  # by role
+    total: float = 0.0
+
+    def __call__(self, name: str, p: nn.Parameter) -> None:
+        assert p.grad is not None
+        away = p.detach() - self.origin[name]
+        self.total += float((p.grad * away).sum(dtype=torch.float64))
+
+
 class Fit(Protocol):
     """A way to do what `train` of this module does."""
 

@@ -73,6 +73,14 @@ def test_a_shift_is_added_before_clipping_and_what_was_met_is_without_it_worked_
     torch.testing.assert_close(b.value, torch.tensor([0.0, -1.0]) - g / g.norm())
 
 
+def test_a_slope_is_the_gradient_times_the_distance_worked_by_hand():
+    b = Weight(torch.tensor([2.0, 2.0]), received=torch.tensor([1.0, 5.0]))
+    w = weight([0.0], [0.0], moves=False)
+    settings = ONE._replace(clip=0.1, slope=True)
+    used = train([Dense(Linear(w, b), None)], torch.ones(1, 1), labels(0), order(1), 2, 0, settings)
+    assert used.slope == pytest.approx(-0.5 * 1 + 0.5 * -3)  # whatever is clipped
+
+
 def mixture(k=1, full=True, held=(0, 2), known=(True, True, True), bias=True):
     """Three experts of which two are held; the gate's scores are the example's own numbers."""
     experts = {
