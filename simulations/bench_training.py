@@ -35,7 +35,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -146,9 +146,9 @@ def one_by_one(models: Sequence[nn.Module], data: Sequence[Examples], plan: Loca
 
 def by_compiled(models: Sequence[nn.Module], data: Sequence[Examples], plan: LocalPlan) -> None:
     for task in tasks_of(models, data, plan):
-        stages = compiled.fitting(task)
+        stages = compiled.stages_for(task.model, task.device)
         assert not isinstance(stages, str), stages
-        compiled.train(task, stages)
+        plan.method.train(replace(task, fit=compiled.train))
 
 
 def by_batched(models: Sequence[nn.Module], data: Sequence[Examples], plan: LocalPlan) -> None:

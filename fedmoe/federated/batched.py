@@ -53,7 +53,7 @@ def train_many(tasks: Sequence[LocalTask]) -> list[Trained | Exception]:
     stages_of_task = {}
     for i, task in enumerate(tasks):
         stages = stages_for(task)
-        if isinstance(stages, str) or examples_unfit(stages, task):
+        if isinstance(stages, str) or examples_unfit(stages, task.model, task.examples):
             trained[i] = _alone(task)
             continue
         stages_of_task[i] = stages

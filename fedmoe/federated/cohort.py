@@ -8,7 +8,7 @@ the bit, so one trainer does a whole run, wherever its parts run.
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -31,8 +31,8 @@ from fedmoe.state import build_part, moe_layers
 from fedmoe.types import Assignment, MoEState, SubMoE
 
 # "one-by-one" is the definition; "batched" trains clients side by side in torch, on a CPU or a GPU;
-# "compiled" runs each client's steps in one call of compiled code. What a trainer cannot do is done
-# one by one.
+# "compiled" runs each client's steps in one call of compiled code, whatever the method trains by
+# `LocalTask.fit`. What a trainer cannot do is done one by one.
 Trainer = Literal["one-by-one", "batched", "compiled"]
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 
@@ -100,16 +100,21 @@ def supported(
 ) -> str | None:
     """Why this trainer cannot train this model under this plan; None: it can.
 
-    Some clients may still be trained one by one, such as those whose labels do not fit the model.
+    Some clients may still be trained one by one, such as those whose labels do not fit the model,
+    and so may a part of what a method trains.
     """
     check_trainer(trainer)
     none = Examples(torch.empty(0), torch.empty(0, dtype=torch.int64))
     task = _task(0, model, none, plan, 0, torch.device(device))
     if trainer == "one-by-one":
         return None
-    if not _plain(task):
+    if not (plan.method.fits if trainer == "compiled" else _plain(task)):
         return f"the method {type(plan.method).__name__} trains in its own way"
-    found = compiled.stages_for(task) if trainer == "compiled" else batched.stages_for(task)
+    plan.method.begin(task)
+    if trainer == "compiled":
+        found = compiled.stages_for(task.model, task.device)
+    else:
+        found = batched.stages_for(task)
     return found if isinstance(found, str) else None
 
 
@@ -156,6 +161,8 @@ def _measured(
     tasks: dict[Trainer, list[LocalTask]] = {
         t: [_task(i, factory(), few, plan, i, device) for i in range(PROBE_CLIENTS)] for t in ways
     }
+    for task in chain.from_iterable(tasks.values()):
+        plan.method.begin(task)
     seconds: dict[Trainer, list[float]] = {t: [] for t in ways}
     began_s = time.perf_counter()
     while len(seconds[ways[0]]) < 2 or time.perf_counter() - began_s < PROBE_S / 2:
@@ -272,10 +279,8 @@ def _train(tasks: Sequence[LocalTask], trainer: Trainer) -> Iterator[Trained | E
 
 def _one(task: LocalTask, trainer: Trainer = "one-by-one") -> Trained | Exception:
     try:
-        if trainer == "compiled" and _plain(task):
-            stages = compiled.fitting(task)
-            if not isinstance(stages, str):
-                return compiled.train(task, stages)
+        if trainer == "compiled":
+            task = replace(task, fit=compiled.train)
         return task.plan.method.train(task)
     except Exception as why:
         return why

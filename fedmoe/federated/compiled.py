@@ -1,5 +1,5 @@
 """A client's training by the compiled loop (`fedmoe.native.client`): as `local.train`, many times
-faster for small models.
+faster for small models. What it cannot do is done by `local.train` itself.
 
 Shape suffixes: N examples, E experts.
 """
@@ -9,15 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fedmoe.data.examples import Examples
+from fedmoe.federated import local
 from fedmoe.federated.local import (
+    Adjust,
+    Correction,
+    Forward,
     LocalPlan,
-    LocalTask,
     Phase,
-    Trained,
+    Slope,
     finite_loss,
     moving_in,
 )
 from fedmoe.native import client as native
+from fedmoe.nn.members import Members
 from fedmoe.nn.stages import (
     Convolution,
     Dense,
@@ -27,24 +32,22 @@ from fedmoe.nn.stages import (
     parameters_of,
     stages_of,
 )
-from fedmoe.state import everything, named_by_role, nothing
-from fedmoe.types import ActivationProfile
+from fedmoe.state import everything, layer_sizes, named_by_role, nothing
+from fedmoe.types import ActivationProfile, State
 
 
-def fitting(task: LocalTask) -> tuple[Stage, ...] | str:
-    """The stages that the compiled loop is to train, or why it cannot train this client."""
-    stages = stages_for(task)
-    return stages if isinstance(stages, str) else examples_unfit(stages, task) or stages
+def stages_for(model: nn.Module, device: torch.device) -> tuple[Stage, ...] | str:
+    """The stages that the compiled loop is to train, or why it cannot train this model.
 
-
-def stages_for(task: LocalTask) -> tuple[Stage, ...] | str:
-    """As `fitting`, whatever the examples are."""
-    if task.device.type != "cpu":
-        return f"compiled code runs on the CPU, not on {task.device}"
+    Of several members of which one is chosen, these are that one's.
+    """
+    if device.type != "cpu":
+        return f"compiled code runs on the CPU, not on {device}"
     if not native.available():
         return "there is no compiler here, or compiled code is switched off"
+    only = _only(model)
     try:
-        stages = stages_of(task.model)
+        stages = stages_of(model if only is None else only[1])
     except UnknownPartError as why:
         return str(why)
     if any(p.dtype != torch.float32 for s in stages for p in parameters_of(s)):
@@ -52,12 +55,20 @@ def stages_for(task: LocalTask) -> tuple[Stage, ...] | str:
     for s in stages:
         if isinstance(s, Mixture) and len({e.hidden for e in s.experts.values()}) != 1:
             return "experts of a layer must be of one width"
+    if only is not None and any(isinstance(s, Mixture) for s in stages):
+        return "a member must have no MoE layer of its own"
     return stages
 
 
-def examples_unfit(stages: Sequence[Stage], task: LocalTask) -> str | None:
-    """What about the examples does not fit the stages; None: they do."""
-    x_N, y_N = task.examples
+def _only(model: nn.Module) -> tuple[int, nn.Module] | None:
+    return model.only if isinstance(model, Members) and type(model) is Members else None
+
+
+def examples_unfit(
+    stages: Sequence[Stage], model: nn.Module, examples: Examples
+) -> str | None:
+    """What about the examples does not fit the stages of this model; None: they do."""
+    x_N, y_N = examples
     first, last = stages[0], stages[-1]
     if x_N.dtype != torch.float32 or y_N.dtype != torch.int64:
         return f"inputs must be float32 and labels int64, got {x_N.dtype} and {y_N.dtype}"
@@ -65,7 +76,7 @@ def examples_unfit(stages: Sequence[Stage], task: LocalTask) -> str | None:
         wanted = first.conv.weight.dim()
         if x_N.dim() != wanted or x_N.shape[1] != first.conv.in_channels:
             return f"inputs must fit the first convolution, got {tuple(x_N.shape)}"
-    elif x_N.dim() != 2 and not any(type(m) is nn.Flatten for m in task.model.modules()):
+    elif x_N.dim() != 2 and not any(type(m) is nn.Flatten for m in model.modules()):
         return f"inputs must be flat, got {tuple(x_N.shape)}"
     elif x_N[0].numel() != _width(first):
         return f"inputs must have {_width(first)} numbers, got {x_N[0].numel()}"
@@ -75,15 +86,50 @@ def examples_unfit(stages: Sequence[Stage], task: LocalTask) -> str | None:
     return None
 
 
-def train(task: LocalTask, stages: Sequence[Stage]) -> Trained:
-    """Train `task.model`, whose stages these are, in place, as `LocalMethod.train` does."""
-    plan, model = task.plan, task.model
+def train(
+    model: nn.Module,
+    examples: Examples,
+    plan: LocalPlan,
+    generator: torch.Generator,
+    device: torch.device,
+    client: int = 0,
+    adjust: Adjust | None = None,
+    forward: Forward | None = None,
+    towards: State | None = None,
+) -> tuple[ActivationProfile, float]:
+    """As `local.train`, within 1e-6."""
+    stages, only = stages_for(model, device), _only(model)
+    part, shown = model, examples
+    if only is not None:
+        part, shown = only[1], _as_inputs(model, examples)
+    if (
+        isinstance(stages, str)
+        or examples_unfit(stages, part, shown)
+        or not (adjust is None or isinstance(adjust, Correction | Slope))
+        or (isinstance(adjust, Slope) and plan.proximal)  # one thing to compare with is enough
+        or forward is not None
+        or (only is not None and plan.z)  # its gate has no logits: an error
+    ):
+        return local.train(
+            model, examples, plan, generator, device, client, adjust, forward, towards
+        )
     sizes = [s.gate.num_experts for s in stages if isinstance(s, Mixture)]
-    x_N, y_N = task.examples
+    if only is not None:
+        sizes = [*layer_sizes(model)]
+    x_N, y_N = shown
     if isinstance(stages[0], Convolution):
         x_N = _channels_last(x_N)
     x_N, y_N = x_N.contiguous(), y_N.contiguous()
-    received = [p.detach().clone() for p in model.parameters()] if plan.proximal else None
+    received: dict[int, Tensor] = {}
+    if isinstance(adjust, Slope):
+        received = {id(p): adjust.origin[name] for name, p in named_by_role(model)}
+    elif plan.proximal:
+        received = {
+            id(p): p.detach().clone() if towards is None else towards[name]
+            for name, p in named_by_role(model)
+        }
+    correction = adjust if isinstance(adjust, Correction) else None
+    corrected = {} if correction is None else {id(p): name for name, p in named_by_role(model)}
     num_experts = max(sizes, default=0)
     total = ActivationProfile.empty(len(sizes), num_experts)
     loss_sum, seen = 0.0, 0
@@ -97,13 +143,14 @@ def train(task: LocalTask, stages: Sequence[Stage]) -> Trained:
         z=plan.z,
         clip=plan.clip,
         proximal=plan.proximal,
+        slope=isinstance(adjust, Slope),
     )
     for phase in plan.phases:
         moving = _moving(phase, plan, model)
         if (moving is not None and not moving) or phase.epochs < 1:
             continue
-        orders = [torch.randperm(len(y_N), generator=task.generator) for _ in range(phase.epochs)]
-        weights = _Weights(model, moving, received)
+        orders = [torch.randperm(len(y_N), generator=generator) for _ in range(phase.epochs)]
+        weights = _Weights(moving, received, corrected, correction)
         used = native.train(
             list(_native(stages, weights, x_N.shape)),
             x_N,
@@ -113,14 +160,32 @@ def train(task: LocalTask, stages: Sequence[Stage]) -> Trained:
             num_experts,
             settings,
         )
-        weights.give_back()
-        tokens_L = torch.full((len(sizes),), phase.epochs * len(y_N))
-        total = total + ActivationProfile(
-            used.count_LE, used.weight_LE, used.score_LE, tokens_L
-        )
+        weights.finish()
+        if isinstance(adjust, Slope):
+            adjust.total += used.slope
+        tokens = phase.epochs * len(y_N)
+        if only is None:
+            told = used.count_LE, used.weight_LE, used.score_LE
+        else:
+            told = _all_to(only[0], tokens, num_experts)
+        total = total + ActivationProfile(*told, torch.full((len(sizes),), tokens))
         loss_sum += used.loss
-        seen += phase.epochs * len(y_N)
-    return Trained(total, finite_loss(loss_sum / max(seen, 1), plan, task.client))
+        seen += tokens
+    return total, finite_loss(loss_sum / max(seen, 1), plan, client)
+
+
+def _as_inputs(model: nn.Module, examples: Examples) -> Examples:
+    """Rows as what a member is shown."""
+    assert isinstance(model, Members)
+    rows = model.is_row(examples.x)
+    return Examples(examples.x.reshape(-1, *model.input_shape), examples.y) if rows else examples
+
+
+def _all_to(member: int, tokens: int, num_members: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How often each member is used, and by which weights and scores, (1, E) each."""
+    count_LE = torch.zeros(1, num_members, dtype=torch.int64)
+    count_LE[0, member] = tokens
+    return count_LE, count_LE.double(), count_LE.double()
 
 
 def _moving(phase: Phase, plan: LocalPlan, model: nn.Module) -> set[int] | None:
@@ -155,34 +220,53 @@ class _Weights:
     """Parameters as the kernel takes them: themselves where they lie in memory as it wants."""
 
     def __init__(
-        self, model: nn.Module, moving: set[int] | None, received: Sequence[Tensor] | None
+        self,
+        moving: set[int] | None,
+        received: Mapping[int, Tensor],
+        corrected: Mapping[int, str],
+        correction: Correction | None,
     ) -> None:
-        self.moving = moving
-        self.received: Mapping[int, Tensor] = {}
-        if received is not None:
-            names = zip(model.parameters(), received, strict=True)
-            self.received = {id(p): t for p, t in names}
+        # All by parameters' id.
+        self.moving, self.received, self.corrected = moving, received, corrected
+        self.correction = correction
         self.copies: list[tuple[Tensor, Tensor]] = []
+        self.met: dict[str, tuple[Tensor, Tensor]] = {}  # totals as the parameter lies, and steps
 
     def of(self, p: Tensor) -> native.Weight:
         moves = self.moving is None or id(p) in self.moving
-        if p.dim() <= 2 and p.is_contiguous():
-            return native.Weight(p, moves, self.received.get(id(p)))
-        ours = _laid_out(p.detach())
+        value = self._written(p.detach(), moves)
+        if not moves:
+            return native.Weight(value, moves)
+        received, shift, met = self.received.get(id(p)), None, None
+        if self.correction is not None:
+            name = self.corrected[id(p)]
+            shift = self.correction.shift.get(name)
+            total, steps = torch.zeros_like(p), torch.zeros(1, dtype=torch.int64)
+            self.met[name] = total, steps
+            met = native.Met(self._written(total), steps)
+        return native.Weight(value, moves, _read(received), _read(shift), met)
+
+    def _written(self, t: Tensor, back: bool = True) -> Tensor:
+        """What the kernel may write, and `finish` brings back."""
+        ours = _laid_out(t)
         value = ours.contiguous()
-        if moves and value is not ours:
+        if back and value is not ours:
             self.copies.append((ours, value))
-        received = self.received.get(id(p))
-        return native.Weight(
-            value, moves, None if received is None else _laid_out(received).contiguous()
-        )
+        return value
 
     def linear(self, m: nn.Linear) -> native.Linear:
         return native.Linear(self.of(m.weight), None if m.bias is None else self.of(m.bias))
 
-    def give_back(self) -> None:
+    def finish(self) -> None:
         for ours, value in self.copies:
             ours.copy_(value)
+        for name, (total, steps) in self.met.items():
+            if self.correction is not None and steps:
+                self.correction.add(name, total, int(steps))
+
+
+def _read(t: Tensor | None) -> Tensor | None:
+    return None if t is None else _laid_out(t).contiguous()
 
 
 def _laid_out(t: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ Shape suffixes: N examples, B examples of a batch, C classes.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,61 @@ Adjust = Callable[[str, nn.Parameter], None]  # may change a parameter's gradien
 BuildPart = Callable[[Callable[[], nn.Module], SubMoE], nn.Module]
 Done = tuple[ClientUpdate, MoEState | None]  # what goes to the server, and what a client keeps
 Forward = Callable[[nn.Module, Tensor], Tensor]  # a model and inputs (B, ...) to logits (B, C)
+
+
+@dataclass(eq=False)
+class Correction:
+    """An `Adjust` that adds a constant to gradients, and keeps what they were without it.
+
+    A value and not just a function, so that a faster way of training can do the same.
+    """
+
+    shift: State  # added to a parameter's gradient in each step, by role; others stay as they are
+    met: dict[str, Tensor] = field(default_factory=dict)  # the sum of the gradients over steps
+    steps: Counter[str] = field(default_factory=Counter)  # in how many steps there was one
+
+    def __call__(self, name: str, p: nn.Parameter) -> None:
+        assert p.grad is not None
+        self.add(name, p.grad, 1)
+        if name in self.shift:
+            p.grad.add_(self.shift[name])
+
+    def add(self, name: str, total: Tensor, steps: int) -> None:
+        """Count the sum of the gradients of so many steps more."""
+        self.met[name] = self.met[name] + total if name in self.met else total.clone()
+        self.steps[name] += steps
+
+
+@dataclass(eq=False)
+class Slope:
+    """An `Adjust` that changes nothing: it adds up over steps the inner product of the gradient and
+    the distance from `origin`, which is the loss's slope along the line from there.
+    """
+
+    origin: State  # by role
+    total: float = 0.0
+
+    def __call__(self, name: str, p: nn.Parameter) -> None:
+        assert p.grad is not None
+        away = p.detach() - self.origin[name]
+        self.total += float((p.grad * away).sum(dtype=torch.float64))
+
+
+class Fit(Protocol):
+    """A way to do what `train` of this module does."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        plan: "LocalPlan",
+        generator: torch.Generator,
+        device: torch.device,
+        client: int = 0,
+        adjust: Adjust | None = None,
+        forward: Forward | None = None,
+        towards: State | None = None,
+    ) -> tuple[ActivationProfile, float]: ...
 
 
 @dataclass(frozen=True)
@@ -126,6 +183,7 @@ class LocalTask:
     kept: State
     extra: State
     validation: Examples | None = None  # to choose by; may be empty
+    fit: Fit = field(default_factory=lambda: train)  # what a method is to train models with
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,13 +209,18 @@ class LocalMethod:
         """Whether `train` gives back anything to keep."""
         return False
 
+    @property
+    def fits(self) -> bool:
+        """Whether `train` does all its training by `task.fit`, so that a faster way may be set."""
+        return type(self).train is LocalMethod.train
+
     def begin(self, task: LocalTask) -> None:
         """Make `task.model` fit to be measured as received, where it takes more than loading."""
 
     def train(self, task: LocalTask) -> Trained:
         """Train `task.model` in place."""
         return Trained(
-            *train(
+            *task.fit(
                 task.model, task.examples, task.plan, task.generator, task.device, task.client
             )
         )
@@ -428,6 +491,7 @@ def train(
     client: int = 0,
     adjust: Adjust | None = None,
     forward: Forward | None = None,
+    towards: State | None = None,
 ) -> tuple[ActivationProfile, float]:
     """Train in place; returns how experts were used, and the mean loss over examples and epochs.
 
@@ -438,12 +502,14 @@ def train(
         adjust: called before each step, and before clipping, with each parameter that has a
             gradient and its name by role (see `state.NameTest`).
         forward: what to call in place of the model itself; it must reach the model's gates.
+        towards: what the plan's proximal term pulls to, by role; None: the model as it is now.
     """
     # Looked up once: of a small model, walking its modules in each step takes a tenth of the time.
     layers = moe_layers(model)
     sizes = layer_sizes(model)
     total = ActivationProfile.empty(len(sizes), max(sizes, default=0))
-    received = {n: p.detach().clone() for n, p in named_by_role(model)} if plan.proximal else {}
+    if towards is None and plan.proximal:
+        towards = {n: p.detach().clone() for n, p in named_by_role(model)}
     loss_sum, seen = 0.0, 0
     model.train()
     x_N, y_N = examples.x.to(device), examples.y.to(device)
@@ -476,8 +542,8 @@ def train(
                 step_profile = profile_of(routings, sizes)
                 _spare_unused_experts(layers, step_profile)
                 for name, p in moving:
-                    if plan.proximal and p.grad is not None:
-                        p.grad.add_(p.detach() - received[name], alpha=plan.proximal)
+                    if towards is not None and plan.proximal and p.grad is not None:
+                        p.grad.add_(p.detach() - towards[name], alpha=plan.proximal)
                     if adjust is not None and p.grad is not None:
                         adjust(name, p)
                 if plan.clip is not None:

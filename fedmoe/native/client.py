@@ -29,7 +29,16 @@ class Weight(NamedTuple):
 
     value: Tensor
     moves: bool = True
-    received: Tensor | None = None  # what a proximal term pulls towards
+    received: Tensor | None = None  # what a proximal term pulls towards, and slopes begin at
+    shift: Tensor | None = None  # added to each step's gradient, before it is clipped
+    met: "Met | None" = None  # what the gradients were, without the shift
+
+
+class Met(NamedTuple):
+    """Written in training."""
+
+    total: Tensor  # the sum of a parameter's gradients, of its shape
+    steps: Tensor  # (1,) int64: in how many steps it had one
 
 
 class Linear(NamedTuple):
@@ -78,6 +87,7 @@ class Settings(NamedTuple):
     z: float = 0.0
     clip: float | None = None
     proximal: float = 0.0
+    slope: bool = False  # whether it is wanted
 
 
 class Used(NamedTuple):
@@ -87,6 +97,9 @@ class Used(NamedTuple):
     count_LE: Tensor
     weight_LE: Tensor
     score_LE: Tensor
+    # The sum over steps of the inner product of a step's gradient, before shifts and clipping, and
+    # the distance of the weights from those received; 0 where it is not wanted.
+    slope: float = 0.0
 
 
 def available() -> bool:
@@ -128,13 +141,16 @@ def train(
             raise ValueError(f"num_experts must be at least {len(s.known_E)}, got {num_experts}")
     count_LE = torch.zeros(shape, dtype=torch.int64)
     weight_LE, score_LE = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-    loss = ctypes.c_double(0.0)
-    weights, proximal = told.weights, settings.proximal != 0
+    loss, slope = ctypes.c_double(0.0), ctypes.c_double(0.0)
+    weights, compares = told.weights, settings.proximal != 0 or settings.slope
     program = told.program()
     failed = library.train(
         (ctypes.c_int64 * len(program))(*program),
         _pointers([w.value for w in weights]),
-        _pointers([w.received if proximal and w.moves else None for w in weights]),
+        _pointers([w.received if compares and w.moves else None for w in weights]),
+        _pointers([w.shift if w.moves else None for w in weights]),
+        _pointers([w.met.total if w.met and w.moves else None for w in weights]),
+        _pointers([w.met.steps if w.met and w.moves else None for w in weights]),
         ctypes.byref(_settings(settings, num_classes, x_N[0].numel())),
         ctypes.c_void_p(x_N.data_ptr()),
         ctypes.c_void_p(y_N.data_ptr()),
@@ -142,6 +158,7 @@ def train(
         ctypes.c_int64(len(order)),
         ctypes.c_int64(len(y_N)),
         ctypes.byref(loss),
+        ctypes.byref(slope),
         ctypes.c_void_p(count_LE.data_ptr()),
         ctypes.c_void_p(weight_LE.data_ptr()),
         ctypes.c_void_p(score_LE.data_ptr()),
@@ -150,7 +167,10 @@ def train(
     if failed:
         raise RuntimeError("there is not enough memory to train this model")
     end = layers, num_experts
-    return Used(loss.value, *(t[: end[0], : end[1]] for t in (count_LE, weight_LE, score_LE)))
+    count_LE, weight_LE, score_LE = (
+        t[: end[0], : end[1]] for t in (count_LE, weight_LE, score_LE)
+    )
+    return Used(loss.value, count_LE, weight_LE, score_LE, slope.value)
 
 
 class _Settings(ctypes.Structure):
@@ -158,7 +178,7 @@ class _Settings(ctypes.Structure):
         *((name, ctypes.c_double) for name in (
             "lr", "momentum", "weight_decay", "label_smoothing", "balance", "z", "clip", "proximal"
         )),
-        *((name, ctypes.c_int64) for name in ("clips", "batch", "classes", "features")),
+        *((name, ctypes.c_int64) for name in ("clips", "slopes", "batch", "classes", "features")),
     ]
 
 
@@ -166,7 +186,7 @@ def _settings(s: Settings, num_classes: int, features: int) -> _Settings:
     clip = 0.0 if s.clip is None else s.clip
     return _Settings(
         s.lr, s.momentum, s.weight_decay, s.label_smoothing, s.balance, s.z, clip, s.proximal,
-        s.clip is not None, s.batch_size, num_classes, features,
+        s.clip is not None, s.slope, s.batch_size, num_classes, features,
     )
 
 
@@ -294,10 +314,14 @@ class _Telling:
         return (high, wide, out), high * wide * out
 
     def _weight(self, w: Weight, shape: tuple[int, int], layout: int) -> int:
-        for t in (w.value,) if w.received is None else (w.value, w.received):
+        for t in (w.value, w.received, w.shift, w.met and w.met.total):
+            if t is None:
+                continue
             _check_tensor("a parameter", t, torch.float32)
             if t.numel() != shape[0] * shape[1]:
                 raise ValueError(f"a parameter must be {shape}, got {tuple(t.shape)}")
+        if w.met is not None:
+            _check_tensor("steps", w.met.steps, torch.int64)
         self.weights.append(w)
         self.shapes += [*shape, w.moves, layout]
         return len(self.weights) - 1
@@ -431,6 +455,15 @@ static float dot(const float* a, const float* b, int64_t width) {
   return total;
 }
 
+// The inner product of a and b - c.
+static float along(const float* a, const float* b, const float* c, int64_t width) {
+  Vec sum = {};
+  for (int64_t j = 0; j < width; j += LANES) sum += load(a + j) * (load(b + j) - load(c + j));
+  float total = 0;
+  for (int l = 0; l < LANES; l++) total += sum[l];
+  return total;
+}
+
 static void add_scaled(float* to, const float* from, float by, int64_t width) {
   for (int64_t j = 0; j < width; j += LANES) store(to + j, load(to + j) + by * load(from + j));
 }
@@ -465,17 +498,19 @@ struct Arena {
 
 struct Settings {
   double lr, momentum, weight_decay, label_smoothing, balance, z, clip, proximal;
-  int64_t clips, batch, classes, features;
+  int64_t clips, slopes, batch, classes, features;
 };
 
 // A parameter as we keep it: padded, and transposed where that makes for better products.
 struct Matrix {
-  float* theirs = nullptr;
-  const float* received = nullptr;
+  float *theirs = nullptr, *their_met = nullptr;
+  const float *received = nullptr, *their_shift = nullptr;
+  int64_t* steps = nullptr;  // in which it had a gradient; wanted where `met` is
   int64_t rows = 0, cols = 0, chunk = 0, chunk_padded = 0;
   bool moves = false, flipped = false, vector = false, touched = false;
   int64_t height = 0, width = 0;
-  float *w = nullptr, *g = nullptr, *v = nullptr, *r = nullptr;
+  // Weight, gradient, momentum, what it is pulled to, its shift, and the gradients' sum.
+  float *w = nullptr, *g = nullptr, *v = nullptr, *r = nullptr, *shift = nullptr, *met = nullptr;
 
   int64_t size() const { return height * width; }
   // Calls `pass(theirs, ours, n)` with the places of n numbers; in tiles, so that what is
@@ -500,12 +535,12 @@ struct Matrix {
         std::memcpy(to + b, from + a, n * sizeof(float));
     });
   }
-  void give_back() const {
+  void give_back(const float* from, float* to) const {
     runs([&](int64_t a, int64_t b, int64_t n) {
       if (flipped)
-        for (int64_t j = 0; j < n; j++) theirs[a + j] = w[b + j * width];
+        for (int64_t j = 0; j < n; j++) to[a + j] = from[b + j * width];
       else
-        std::memcpy(theirs + a, w + b, n * sizeof(float));
+        std::memcpy(to + a, from + b, n * sizeof(float));
     });
   }
 };
@@ -600,6 +635,7 @@ struct Client {
   bool fused = false, broken = false;
   float* x = nullptr;
   int64_t x_width = 0;
+  double slope = 0;
 
   void linear(const Linear& m, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t rows) {
     if (m.weight->flipped)
@@ -982,9 +1018,17 @@ struct Client {
     double norm = 0;
     for (Matrix& m : params) {
       if (!m.touched) continue;
+      if (set.slopes)
+        for (int64_t i = 0; i < m.height; i++)
+          slope += along(m.g + i * m.width, m.w + i * m.width, m.r + i * m.width, m.width);
       if (set.proximal != 0)
         for (int64_t i = 0; i < m.size(); i += LANES)
           store(m.g + i, load(m.g + i) + float(set.proximal) * (load(m.w + i) - load(m.r + i)));
+      if (m.met) {
+        add_scaled(m.met, m.g, 1, m.size());
+        ++*m.steps;
+      }
+      if (m.shift) add_scaled(m.g, m.shift, 1, m.size());
       if (set.clips)
         for (int64_t i = 0; i < m.height; i++)
           norm += dot(m.g + i * m.width, m.g + i * m.width, m.width);
@@ -1136,7 +1180,9 @@ static void lay_out(Client& c, Arena& arena) {
     m.w = floats(m.size());
     if (m.moves && !c.fused) m.g = floats(m.size());
     if (m.moves && c.set.momentum != 0) m.v = floats(m.size());
-    if (m.moves && c.set.proximal != 0) m.r = floats(m.size());
+    if (m.moves && (c.set.proximal != 0 || c.set.slopes)) m.r = floats(m.size());
+    if (m.their_shift) m.shift = floats(m.size());
+    if (m.their_met) m.met = floats(m.size());
   }
   c.x = floats(n * c.x_width);
   for (Stage& s : c.stages) {
@@ -1172,15 +1218,25 @@ static void lay_out(Client& c, Arena& arena) {
 
 // Trains all epochs of one phase, in place. Returns 0, or 1 where there is not enough memory.
 extern "C" int train(const int64_t* program, float* const* theirs, const float* const* received,
+                     const float* const* shift, float* const* met, int64_t* const* steps,
                      const Settings* set, const float* x_N, const int64_t* y_N,
                      const int64_t* order, int64_t epochs, int64_t num, double* loss_sum,
-                     int64_t* count, double* weight_sum, double* score_sum, int64_t most_experts) {
+                     double* slope, int64_t* count, double* weight_sum, double* score_sum,
+                     int64_t most_experts) {
   static thread_local Arena arena;
   Client c;
   c.set = *set;
-  c.fused = set->momentum == 0 && set->weight_decay == 0 && set->proximal == 0 && !set->clips;
+  c.fused = set->momentum == 0 && set->weight_decay == 0 && set->proximal == 0 && !set->clips &&
+            !set->slopes;
   Reader in{program};
   read(c, in);
+  for (size_t i = 0; i < c.params.size(); i++) {
+    Matrix& m = c.params[i];
+    m.their_shift = shift[i];
+    m.their_met = met[i];
+    m.steps = steps[i];
+    if (shift[i] || met[i]) c.fused = false;
+  }
   const Stage& first = c.stages.front();
   c.x_width = first.kind == CONV ? first.conv.height * first.conv.width * first.conv.channels
                                  : padded(set->features);
@@ -1194,6 +1250,7 @@ extern "C" int train(const int64_t* program, float* const* theirs, const float* 
     m.theirs = theirs[i];
     m.copy(theirs[i], m.w);
     if (m.r) m.copy(received[i], m.r);
+    if (m.shift) m.copy(m.their_shift, m.shift);
   }
   int64_t layer = 0;
   for (Stage& s : c.stages)
@@ -1216,9 +1273,12 @@ extern "C" int train(const int64_t* program, float* const* theirs, const float* 
       }
       total += double(c.step(label.data(), n)) * double(n);
     }
+  *slope = c.slope;
   *loss_sum += c.broken ? std::numeric_limits<double>::quiet_NaN() : total;
-  for (const Matrix& m : c.params)
-    if (m.moves) m.give_back();
+  for (const Matrix& m : c.params) {
+    if (m.moves) m.give_back(m.w, m.theirs);
+    if (m.met) m.give_back(m.met, m.their_met);
+  }
   return 0;
 }
 """

@@ -8,19 +8,34 @@ import torch
 from torch import nn
 
 from fedmoe.data.examples import ClientData, Examples
-from fedmoe.federated import cohort
+from fedmoe.federated import cohort, compiled
 from fedmoe.federated.cohort import TRAINERS, Answered, choose, supported, work_many
-from fedmoe.federated.local import LocalPlan, Phase, fedper, frozen_router, work
+from fedmoe.federated.local import (
+    LocalMethod,
+    LocalPlan,
+    Phase,
+    Trained,
+    fedper,
+    frozen_router,
+    train,
+    work,
+)
+from fedmoe.federated.methods.apfl import APFL
+from fedmoe.federated.methods.blend import Blend
+from fedmoe.federated.methods.clusters import BestMember
 from fedmoe.federated.methods.ditto import Ditto
+from fedmoe.federated.methods.reap import Reaping
+from fedmoe.federated.methods.scaffold import Controlled, zeros_by_role
 from fedmoe.native import client as native
 from fedmoe.nn.classifier import StemAndHead, dense_classifier
 from fedmoe.nn.experts.ffn import FFN
 from fedmoe.nn.gates.topk import TopKGate
 from fedmoe.nn.init import seeded
+from fedmoe.nn.members import ChosenGate, Members
 from fedmoe.nn.moe import MoE
 from fedmoe.nn.sensors import motion_cnn
 from fedmoe.nn.tabular import vowel_mlp
-from fedmoe.nn.vision import Residual, fashion_cnn, flat_moe
+from fedmoe.nn.vision import Residual, dense_cnn, fashion_cnn, flat_moe
 from fedmoe.state import ROW, is_expert, layer_sizes, split_state, state_hash
 from fedmoe.types import Assignment, ClientUpdate, ExpertId, Job, MoEState
 from tests.tiny import tiny
@@ -138,6 +153,7 @@ def same(slow, fast):
         a, b = update.profile, got.profile
         assert torch.equal(a.count_LE, b.count_LE) and torch.equal(a.token_L, b.token_L)
         close((a.weight_LE, a.score_LE), (b.weight_LE, b.score_LE), atol=1e-5)
+        close(dict(update.extra), dict(got.extra))
         assert got.metrics == pytest.approx(dict(update.metrics), abs=1e-6)
         assert (got.client, got.num_examples) == (update.client, update.num_examples)
 
@@ -158,6 +174,143 @@ def test_every_trainer_does_the_work_of_one_after_another(model, plan, trainer):
 def one_by_one(model, plan):
     make = MODELS[model]
     return {c: work(c, a, make, data_of(c), PLANS[plan], None, 7) for c, a in jobs_of(make).items()}
+
+
+METHODS = {
+    "ditto": Ditto(0.3),
+    "ditto, longer": Ditto(0.3, epochs=3),
+    "blend": Blend(),
+    "reap": Reaping(),
+    "scaffold": Controlled(),
+    "apfl": APFL(0.3),
+    "apfl, fixed": APFL(0.3, adaptive=False),
+}
+IN_TORCH = {  # a part of the training, at least
+    "apfl": {"decay", "all", "proximal", "phases", "frozen", "frozen router"},
+    "apfl, fixed": {"decay", "all"},
+}
+SIMPLE = ("ditto, longer", "blend", "reap")
+FITTING = [
+    *((m, p) for m in METHODS if m not in SIMPLE for p in PLANS),
+    *((m, "momentum") for m in SIMPLE),
+]
+
+
+def rounds(make, plan, data, trainer, clients=tuple(range(5))):
+    """Two rounds of the same work, one by one and by `trainer`, from the same kept tensors."""
+    assert supported(make(), plan, trainer) is None
+    own, found = {}, []
+    for round in range(2):
+        jobs = {c: assignment(make, c, round=round, evaluate=True) for c in clients}
+        if round:  # what came is another model than what the client had
+            jobs = {c: replace(a, model=scaled(a.model)) for c, a in jobs.items()}
+        if isinstance(plan.method, Controlled):
+            control = {n: t + 0.01 for n, t in zeros_by_role(split_state(make())).items()}
+            jobs = {c: replace(a, extra=control) for c, a in jobs.items()}
+        slow, fast = both(make, plan, trainer, data, jobs, own)
+        same(slow, fast)
+        own = {c: kept for c, (_, kept) in slow.items()}
+        found.append(fast)
+    return found
+
+
+def scaled(model: MoEState) -> MoEState:
+    def by(state):
+        return {n: 0.9 * t for n, t in state.items()}
+
+    return MoEState(by(model.shared), {e: by(s) for e, s in model.experts.items()})
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("method, plan", FITTING)
+def test_methods_that_train_in_their_own_way_are_compiled_too(method, plan, monkeypatch):
+    """The device holds other experts in each client, and some get no tokens."""
+    fitted = watched(monkeypatch)
+    made = replace(PLANS[plan], method=METHODS[method])
+    rounds(MODELS["two layers"], made, data_of, "compiled")
+    assert any(fitted) and all(fitted) == (plan not in IN_TORCH.get(method, ()))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("method", ["ditto", "scaffold", "apfl"])
+def test_methods_are_compiled_with_convolutions_too(method, monkeypatch):
+    plan = replace(PLAN, lr=0.005, momentum=0.5, clip=1.0, method=METHODS[method])
+    data = lambda c: data_of(c, (1, 28, 28), num=7)  # noqa: E731
+    fitted = watched(monkeypatch)
+    make = partial(fashion_cnn, EXPERTS, 6, num_classes=CLASSES)
+    rounds(make, plan, data, "compiled", clients=(0, 3))
+    assert fitted and all(fitted)
+
+
+def watched(monkeypatch):
+    """Of each training by the compiled way, whether it was not left to torch."""
+    fitted, fit = [], compiled.train
+
+    def watch(*args, **named):
+        before = len(left)
+        answer = fit(*args, **named)
+        fitted.append(len(left) == before)
+        return answer
+
+    left, slow = [], compiled.local.train
+    one_by_one = lambda *a, **n: left.append(1) or slow(*a, **n)  # noqa: E731
+    monkeypatch.setattr(compiled.local, "train", one_by_one)
+    monkeypatch.setattr(compiled, "train", watch)
+    return fitted
+
+
+def members(mixes, shape, make_member):
+    def build():
+        inner = [make_member() for _ in range(EXPERTS)]
+        return Members(ChosenGate(EXPERTS), inner, CLASSES, shape, mixes=mixes)
+
+    return seeded(build, 4)
+
+
+def small():
+    return nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 7), nn.ReLU(), nn.Linear(7, CLASSES))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    "mixes, plan",
+    [("logits", "plain"), *(("probabilities", p) for p in PLANS if p not in ("z", "all"))],
+)
+def test_the_chosen_of_several_members_is_compiled(mixes, plan, monkeypatch):
+    make = partial(members, mixes, (3, PIXELS // 3), small)
+    fitted = watched(monkeypatch)
+    plan = replace(PLANS[plan], method=BestMember())
+    shapes = ((3, PIXELS // 3), (PIXELS,))  # pictures and rows
+    data = lambda c: data_of(c, shapes[c % 2])  # noqa: E731
+    for done in rounds(make, plan, data, "compiled"):
+        for update, _ in done.values():
+            assert len(update.model.experts) == 1
+            assert update.profile.count_LE.count_nonzero() == 1
+    assert fitted and all(fitted)
+
+
+@needs_a_compiler
+def test_the_chosen_member_may_be_of_convolutions(monkeypatch):
+    make = partial(
+        members, "probabilities", (1, 28, 28), partial(dense_cnn, hidden=9, num_classes=CLASSES)
+    )
+    fitted = watched(monkeypatch)
+    jobs = {c: assignment(make, c) for c in (0, 3)}
+    plan = replace(PLAN, lr=0.02, momentum=0.9, method=BestMember())
+    shapes = {0: (1, 28, 28), 3: (784,)}
+    same(*both(make, plan, "compiled", lambda c: data_of(c, shapes[c], num=7), jobs))
+    assert fitted == [True, True]
+
+
+@needs_a_compiler
+def test_members_whose_gate_has_no_logits_fail_at_a_z_loss_as_one_after_another():
+    make = partial(members, "probabilities", (PIXELS,), small)
+    plan = replace(PLANS["z"], method=BestMember())
+    with pytest.raises(ValueError, match="z-loss needs a gate with logits"):
+        work(0, assignment(make), make, data_of(0), plan, None, 7)
+    load = lambda c, a: (data_of(c), None)  # noqa: E731
+    [(_, why)] = work_many([(0, assignment(make))], make, load, plan, 7, trainer="compiled")
+    assert isinstance(why, ValueError) and "z-loss needs a gate with logits" in str(why)
 
 
 @needs_a_compiler
@@ -237,12 +390,21 @@ def test_labels_that_the_model_does_not_have_fail_as_one_after_another(trainer):
     assert isinstance(why, IndexError) and str(why) == str(one.value)
 
 
+class Odd(LocalMethod):
+    """Never asks its task how to train."""
+
+    def train(self, task):
+        return Trained(
+            *train(task.model, task.examples, task.plan, task.generator, task.device)
+        )
+
+
 @pytest.mark.parametrize("trainer", FAST)
 @pytest.mark.parametrize(
     "make, plan, told",
     [
         (tiny, PLAN, "Tiny is not known"),
-        (MODELS["flat"], replace(PLAN, method=Ditto()), "Ditto trains in its own way"),
+        (MODELS["flat"], replace(PLAN, method=Odd()), "Odd trains in its own way"),
         (lambda: MODELS["dense"]().double(), PLAN, "float32"),
         (partial(fashion_cnn, norm="batch"), PLAN, "normalisation"),
     ],

@@ -11,6 +11,7 @@ from fedmoe.native.client import (
     Dense,
     Expert,
     Linear,
+    Met,
     Mixture,
     Settings,
     Weight,
@@ -54,6 +55,30 @@ def test_a_step_is_clipped_by_the_norm_of_all_gradients_worked_by_hand():
     train([Dense(Linear(w, b), None)], x, labels(0), order(1), 2, 0, ONE._replace(clip=1.0))
     torch.testing.assert_close(b.value, torch.tensor([0.25, -0.25]))
     torch.testing.assert_close(w.value[:, 0], torch.tensor([0.25, -0.25]) * math.sqrt(7.0))
+
+
+def test_a_shift_is_added_before_clipping_and_what_was_met_is_without_it_worked_by_hand():
+    """Two steps of one example; only the bias is shifted, and only it tells what it met."""
+    w = weight([0.0], [0.0], moves=False)
+    met = Met(torch.zeros(2), torch.zeros(1, dtype=torch.int64))
+    b = Weight(torch.zeros(2), shift=torch.tensor([0.5, 1.5]), met=met)
+    x = torch.ones(1, 1)
+    settings = ONE._replace(clip=1.0)
+    train([Dense(Linear(w, b), None)], x, labels(0), order(1, epochs=2), 2, 0, settings)
+    # First (-0.5, 0.5) + (0.5, 1.5) = (0, 2), clipped to (0, 1); p = (e, 1) / (1 + e) from there.
+    p = 1 / (1 + math.e)
+    torch.testing.assert_close(met.total, torch.tensor([-0.5 - p, 0.5 + p]))
+    assert met.steps.item() == 2
+    g = torch.tensor([0.5 - p, 1.5 + p])
+    torch.testing.assert_close(b.value, torch.tensor([0.0, -1.0]) - g / g.norm())
+
+
+def test_a_slope_is_the_gradient_times_the_distance_worked_by_hand():
+    b = Weight(torch.tensor([2.0, 2.0]), received=torch.tensor([1.0, 5.0]))
+    w = weight([0.0], [0.0], moves=False)
+    settings = ONE._replace(clip=0.1, slope=True)
+    used = train([Dense(Linear(w, b), None)], torch.ones(1, 1), labels(0), order(1), 2, 0, settings)
+    assert used.slope == pytest.approx(-0.5 * 1 + 0.5 * -3)  # whatever is clipped
 
 
 def mixture(k=1, full=True, held=(0, 2), known=(True, True, True), bias=True):

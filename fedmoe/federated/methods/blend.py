@@ -26,7 +26,6 @@ from fedmoe.federated.local import (
     LocalMethod,
     LocalTask,
     Trained,
-    train,
 )
 from fedmoe.federated.methods.kept import kept_with, own_model
 from fedmoe.state import named_by_role
@@ -60,12 +59,16 @@ class Blend(LocalMethod):
     def keeps(self) -> bool:
         return True
 
+    @property
+    def fits(self) -> bool:
+        return True
+
     def train(self, task: LocalTask) -> Trained:
         judge = task.validation if task.validation and len(task.validation.y) else None
         if task.kept and judge is not None:
             self._begin(task, judge)
         start = copy.deepcopy(task.model) if judge is not None else None
-        profile, loss = train(
+        profile, loss = task.fit(
             task.model, task.examples, task.plan, task.generator, task.device, task.client
         )
         used = task.model

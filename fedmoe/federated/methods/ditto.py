@@ -10,9 +10,7 @@ lambda = 0 is training alone. The paper's robust aggregations are left out.
 import math
 from dataclasses import dataclass, replace
 
-from torch import nn
-
-from fedmoe.federated.local import LocalMethod, LocalTask, Phase, Trained, train
+from fedmoe.federated.local import LocalMethod, LocalTask, Phase, Trained
 from fedmoe.federated.methods.kept import kept_with, own_model, values_of
 
 
@@ -38,21 +36,21 @@ class Ditto(LocalMethod):
     def keeps(self) -> bool:
         return True
 
+    @property
+    def fits(self) -> bool:
+        return True
+
     def train(self, task: LocalTask) -> Trained:
         own, received = own_model(task), values_of(task.model)
         same_batches = task.generator.clone_state()
-        profile, loss = train(
+        profile, loss = task.fit(
             task.model, task.examples, task.plan, task.generator, task.device, task.client
         )
 
-        def towards_received(name: str, p: nn.Parameter) -> None:
-            assert p.grad is not None
-            p.grad.add_(p.detach() - received[name], alpha=self.pull)
-
-        plan = replace(task.plan, proximal=0.0)
+        plan = replace(task.plan, proximal=self.pull)
         if self.epochs is not None:
             plan = replace(plan, phases=(Phase(epochs=self.epochs),))
-        train(
-            own, task.examples, plan, same_batches, task.device, task.client, towards_received
+        task.fit(
+            own, task.examples, plan, same_batches, task.device, task.client, towards=received
         )
         return Trained(profile, loss, used=own, kept=kept_with(task, own))

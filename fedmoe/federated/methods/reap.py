@@ -30,6 +30,10 @@ class Reaping(LocalMethod):
     so that such profiles add as others do.
     """
 
+    @property
+    def fits(self) -> bool:
+        return True
+
     def train(self, task: LocalTask) -> Trained:
         trained = super().train(task)
         mean_LE = saliency(task.model, task.examples, task.device)

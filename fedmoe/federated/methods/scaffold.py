@@ -17,16 +17,15 @@ parameter, and what has not moved keeps its control. The model itself is average
 with clients' weights and a server step of 1.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedmoe.federated.average import ByExpert, Weigh, averaged, by_tokens
 from fedmoe.federated.folding import fold
-from fedmoe.federated.local import LocalMethod, LocalTask, Trained, train
+from fedmoe.federated.local import Correction, LocalMethod, LocalTask, Trained
 from fedmoe.federated.sums import Sums
 from fedmoe.state import ROW
 from fedmoe.types import (
@@ -117,27 +116,34 @@ class Controlled(LocalMethod):
     def keeps(self) -> bool:
         return True
 
+    @property
+    def fits(self) -> bool:
+        return True
+
     def train(self, task: LocalTask) -> Trained:
-        server = {n: c.to(task.device) for n, c in task.extra.items()}
-        own = {n: c.to(task.device) for n, c in task.kept.items()}
-        met: dict[str, Tensor] = {}  # the sum of the gradients
-        steps = Counter[str]()
-
-        def correct(name: str, p: nn.Parameter) -> None:
-            assert p.grad is not None
-            met[name] = met[name] + p.grad if name in met else p.grad.clone()
-            steps[name] += 1
-            if name in server:  # not so where only the cost of a step is measured
-                p.grad.add_(server[name])
-            if name in own:  # 0 until the client has trained once
-                p.grad.sub_(own[name])
-
-        profile, loss = train(
-            task.model, task.examples, task.plan, task.generator, task.device, task.client, correct
+        correction = Correction(shift_of(task))
+        profile, loss = task.fit(
+            task.model,
+            task.examples,
+            task.plan,
+            task.generator,
+            task.device,
+            task.client,
+            correction,
         )
-        new = {n: (total / steps[n]).cpu() for n, total in met.items()}
+        steps = correction.steps
+        new = {n: (total / steps[n]).cpu() for n, total in correction.met.items()}
         change = {n: c - task.kept[n] if n in task.kept else c for n, c in new.items()}
         return Trained(profile, loss, kept={**task.kept, **new}, extra=change)
+
+
+def shift_of(task: LocalTask) -> dict[str, Tensor]:
+    """The server's control less the client's own, which is 0 until the client has trained once."""
+    shift = dict(task.extra)
+    for name, c in task.kept.items():
+        # The server sends none where only the cost of a step is measured.
+        shift[name] = shift[name] - c if name in shift else -c
+    return {n: c.to(task.device) for n, c in shift.items()}
 
 
 def zeros_by_role(model: MoEState) -> dict[str, Tensor]:

@@ -4,11 +4,19 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from fedmoe.data.examples import Examples
 from fedmoe.federated.local import LocalMethod, LocalPlan, LocalTask, Phase
-from fedmoe.federated.methods.apfl import APFL, mixture
+from fedmoe.federated.methods.apfl import (
+    APFL,
+    LEAST,
+    by_mixture,
+    mixture,
+    tells,
+    through_mixture,
+)
 from fedmoe.federated.methods.kept import packed, unpacked
 from fedmoe.rng import torch_generator
-from fedmoe.state import split_state, state_hash
+from fedmoe.state import is_expert, split_state, state_hash
 from tests.tiny import client_data, tiny
 
 CPU = torch.device("cpu")
@@ -84,6 +92,40 @@ def test_one_step_by_the_papers_formulas(alpha):
     wanted = min(1.0, max(0.0, alpha - 0.1 * slope))
     assert float(trained.kept["alpha"]) == pytest.approx(wanted, abs=1e-6)
     assert wanted != alpha or alpha in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("alpha", [LEAST, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"clip": 0.3, "momentum": 0.9},
+        {"balance": 0.3, "label_smoothing": 0.1},
+        {"proximal": 0.4, "clip": 0.3},
+        {"phases": (Phase(is_expert, 1), Phase(lambda n: not is_expert(n), 2))},
+    ],
+    ids=["plain", "clip", "losses", "proximal", "phases"],
+)
+def test_training_the_mixture_is_training_through_it(changes, alpha, adaptive):
+    """In float64, to tell a rounding from a wrong formula."""
+    plan = replace(PLAN, **changes)
+    if not tells(plan, alpha, adaptive):
+        assert adaptive and changes.keys() & {"proximal", "phases"}
+        return
+    ends = []
+    for by in (through_mixture, by_mixture):
+        t, own = task(APFL(), plan), tiny(seed=5).double()
+        t.model.double()
+        t = replace(t, examples=Examples(t.examples.x.double(), t.examples.y))
+        used, slope = by(t, own, alpha, torch_generator(3), adaptive)
+        ends.append((used.state_dict(), own.state_dict(), slope))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("plan, alpha", [(PLAN, 0.0), (replace(PLAN, weight_decay=0.1), 0.5)])
+def test_the_mixture_does_not_tell_where_the_local_model_rests_or_decays(plan, alpha):
+    assert not tells(plan, alpha, adaptive=False)
 
 
 def test_alpha_goes_on_from_where_it_was_and_is_mixed_in_from_the_next_round():
