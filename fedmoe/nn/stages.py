@@ -5,7 +5,7 @@ activations, and MoE layers. Whoever trains by stages must give what `model(x)` 
 so a model is told only if every part of it is known exactly.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from fedmoe.nn.classifier import StemAndHead
 from fedmoe.nn.experts.ffn import FFN, Activation
 from fedmoe.nn.gates.topk import TopKGate
 from fedmoe.nn.grouped import is_hooked
+from fedmoe.nn.members import Members
 from fedmoe.nn.moe import MoE
 from fedmoe.nn.sensors import SignalStem
 from fedmoe.nn.vision import ConvStem, Residual
@@ -43,6 +44,25 @@ class Convolution(NamedTuple):
 
 
 Stage = Dense | Mixture | Convolution
+
+
+class OnlyMember(NamedTuple):
+    """Of a model of several, the one that all examples go to."""
+
+    number: int
+    model: nn.Module
+    inputs: Callable[[Tensor], Tensor]  # what the several are given, as what this one is shown
+
+
+def only_member(model: nn.Module) -> OnlyMember | None:
+    """The one member of `members.Members` that is used, if it is so."""
+    if not isinstance(model, Members) or type(model) is not Members or model.only is None:
+        return None
+
+    def inputs(x: Tensor) -> Tensor:
+        return x.reshape(-1, *model.input_shape) if model.is_row(x) else x
+
+    return OnlyMember(*model.only, inputs)
 
 
 class UnknownPartError(ValueError):
