@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fedmoe.device import keep_freed_memory
 from fedmoe.exchange.inprocess import in_process
-from fedmoe.exchange.parcels import through_parcels
+from fedmoe.exchange.parcels import ParcelExchange
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.fashion import domains
@@ -252,7 +252,7 @@ def counted(
     traffic: dict[str, Traffic],
 ) -> Exchange:
     """The clients behind parcels, which are counted; each with a cache, except FedAvg's."""
-    wire = partial(through_parcels, run=case.name, seed=experiment.schedule.seed)
+    wire = partial(ParcelExchange, run=case.name, seed=experiment.schedule.seed)
     traffic[case.name] = Traffic()
     if case == REFERENCE:
         return wire(clients, watch=traffic[case.name].watch)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeGuard, cast
+from typing import Generic, Protocol, TypeGuard, cast
 
 from fedmoe.federated.check import Check, RefusedUpdateError
 from fedmoe.federated.folding import (
@@ -38,6 +38,8 @@ from fedmoe.types import (
 SAMPLING = 0  # keys the generator that samples clients; clients' own keys are (round, client)
 DROPPING_OUT = 1  # and the one that says which of them drop out
 EVALUATING = 2  # and the one that samples those of the closing evaluation
+
+Traffic = Callable[[], tuple[int, int]]  # bytes down and up since it was last called
 
 
 @dataclass
@@ -170,6 +172,7 @@ def run_rounds(
     prepare: Callable[[Assignment], Assignment] = lambda assignment: assignment,
     after_round: Callable[[RoundReport[S]], None] = lambda report: None,
     unseen: Sequence[ClientInfo] = (),
+    traffic: Traffic | None = None,
 ) -> S:
     """Assign, exchange, aggregate; at last evaluate what every client would then be given.
 
@@ -182,6 +185,7 @@ def run_rounds(
         prepare: a last change to what goes down, such as leaving out personal parameters.
         unseen: clients that take part in no round. At the end each is served what the strategy
             gives it, just in time, and says how good that is as it came; `init` must know them.
+        traffic: the bytes that really went down and up; None: those that `measure` tells.
 
     Returns:
         The state after the last round.
@@ -201,6 +205,7 @@ def run_rounds(
         state = _aggregated(strategy, state, reached, assignments, report, measure)
         report.state, report.changes = state, strategy.changes(state)
         report.seconds = time.perf_counter() - started
+        _count(report, traffic)
         after_round(report)
 
     if first <= schedule.rounds:
@@ -215,13 +220,32 @@ def run_rounds(
         model = strategy.merged(state)
         for _ in _accepted(exchange, assignments, model, report, measure):
             pass
+        _count(report, traffic)
         if unseen:
             report.unseen = _served(
-                strategy, state, unseen, exchange, schedule.rounds, measure, prepare
+                strategy, state, unseen, exchange, schedule.rounds, measure, prepare, traffic
             )
         report.seconds = time.perf_counter() - started
         after_round(report)
     return state
+
+
+def _count(report: RoundReport[S], traffic: Traffic | None) -> None:
+    if traffic is not None:
+        report.bytes_down, report.bytes_up = traffic()
+        report.bytes_once = min(report.bytes_once, report.bytes_down)
+
+
+class SendingExchange(Protocol):
+    """An exchange that counts what it sends, so it must also send what nobody will answer."""
+
+    def __call__(
+        self, assignments: Mapping[int, Assignment]
+    ) -> Iterator[ClientUpdate | ClientFailure]: ...
+
+    def send(self, assignments: Mapping[int, Assignment]) -> None:
+        """Send assignments down, and wait for no answer."""
+        ...
 
 
 def _but_for(exchange: Exchange, silent: frozenset[int]) -> Exchange:
@@ -244,7 +268,10 @@ class _ButFor:
         yield from self.exchange(self._left(assignments))
 
     def _lost(self, assignments: Mapping[int, Assignment]) -> Iterator[ClientFailure]:
-        for client in sorted(self.silent & assignments.keys()):
+        lost = {k: assignments[k] for k in sorted(self.silent & assignments.keys())}
+        if _can_send(self.exchange):
+            self.exchange.send(lost)
+        for client in lost:
             yield ClientFailure(client, "dropped out")
 
     def _left(self, assignments: Mapping[int, Assignment]) -> dict[int, Assignment]:
@@ -268,6 +295,10 @@ class _FoldingButFor(_ButFor):
 
 def _can_fold(exchange: Exchange) -> TypeGuard[FoldingExchange]:
     return hasattr(exchange, "fold")
+
+
+def _can_send(exchange: Exchange) -> TypeGuard[SendingExchange]:
+    return hasattr(exchange, "send")
 
 
 def _lost(report: RoundReport[S]) -> set[int]:
@@ -329,6 +360,7 @@ def _served(
     round: int,
     measure: Measure,
     prepare: Callable[[Assignment], Assignment],
+    traffic: Traffic | None,
 ) -> dict[int, Mapping[str, float]]:
     """How good what clients get is that arrive now and neither train nor show a label.
 
@@ -342,9 +374,10 @@ def _served(
         jobs = {k: prepare(replace(a, job=Job.SERVE, round=round)) for k, a in given.items()}
         for _ in _accepted(exchange, jobs, strategy.merged(state), report, measure):
             pass
+        _count(report, traffic)
         if client.id in report.metrics:
-            traffic = {"bytes_down": report.bytes_down, "bytes_up": report.bytes_up}
-            served[client.id] = {**report.metrics[client.id], **traffic}
+            moved = {"bytes_down": report.bytes_down, "bytes_up": report.bytes_up}
+            served[client.id] = {**report.metrics[client.id], **moved}
     return served
 
 

@@ -73,6 +73,11 @@ class Codecs:
         """The same for both."""
         return Codecs(codec, codec)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether anything is left out that must be kept: so it is for updates only."""
+        return self.shared.remembers or self.experts.remembers
+
 
 RAW = Codecs()
 

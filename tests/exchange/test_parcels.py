@@ -10,7 +10,7 @@ from torch import nn
 
 from fedmoe.checkpoint import content_hash
 from fedmoe.exchange.inprocess import in_process
-from fedmoe.exchange.parcels import coding_generator, through_parcels
+from fedmoe.exchange.parcels import ParcelExchange, coding_generator
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.experiments.run import without
 from fedmoe.federated.fedavg import FedAvg
@@ -92,7 +92,7 @@ METHODS = {
 @pytest.mark.parametrize("with_cache", [False, True], ids=["no cache", "cache"])
 def test_exact_codecs_give_the_same_model_bit_for_bit(method, with_cache, tmp_path):
     caches = (lambda k: ExpertCache(tmp_path / f"cache-{k}")) if with_cache else lambda k: None
-    parcels = partial(through_parcels, run="r", seed=0, caches=caches)
+    parcels = partial(ParcelExchange, run="r", seed=0, caches=caches)
     wanted = run(tmp_path / "plain", plainly, **METHODS[method])
     assert run(tmp_path / "parcels", parcels, **METHODS[method]) == wanted
 
@@ -104,7 +104,7 @@ def test_a_run_with_codecs_is_repeated_bit_for_bit_and_is_another_than_without(c
 
     def once(name):
         wrap = partial(
-            through_parcels,
+            ParcelExchange,
             run=name,
             seed=0,
             down=down,
@@ -126,7 +126,7 @@ def test_one_message_goes_down_and_one_up_and_codecs_make_them_smaller(tmp_path)
             total[way] += parcel_bytes(parcel)
 
         run(tmp_path, partial(
-            through_parcels, run="r", seed=0, down=codecs, up=codecs, watch=watch
+            ParcelExchange, run="r", seed=0, down=codecs, up=codecs, watch=watch
         ))  # fmt: skip
         assert set(seen.values()) == {3}  # two rounds and the evaluation at the end
         assert set(seen) == {(k, *way) for k in range(4)
@@ -148,7 +148,7 @@ def test_a_client_that_loses_its_cache_is_sent_everything(tmp_path):
         kinds[way, kind_of(parcel)] += 1
 
     same_model = Assignment(0, split_state(wide()), frozenset(split_state(wide()).experts))
-    exchange = through_parcels(
+    exchange = ParcelExchange(
         in_process(wide, client_data, PLAN, 0), run="r", seed=0, caches=forgetful, watch=watch
     )
     for round in range(2):
@@ -173,7 +173,7 @@ def test_a_client_that_loses_its_cache_is_sent_everything(tmp_path):
             return self.full.held()
 
     kinds.clear()
-    exchange = through_parcels(
+    exchange = ParcelExchange(
         in_process(wide, client_data, PLAN, 0),
         run="r", seed=0, caches=lambda k: Fading(), watch=watch,
     )  # fmt: skip
@@ -187,7 +187,7 @@ def test_a_client_that_fails_is_a_failure_with_its_reason():
     def broken(client):
         raise RuntimeError("no disk")
 
-    exchange = through_parcels(in_process(wide, broken, PLAN, 0), run="r", seed=0)
+    exchange = ParcelExchange(in_process(wide, broken, PLAN, 0), run="r", seed=0)
     asked = Assignment(0, split_state(wide()), frozenset(split_state(wide()).experts))
     assert list(exchange({2: asked})) == [ClientFailure(2, "RuntimeError: no disk")]
 
@@ -202,13 +202,13 @@ def test_an_update_that_cannot_be_coded_is_a_failure():
 
     asked = Assignment(0, split_state(wide()), frozenset(split_state(wide()).experts))
     for up in (Codecs(), Codecs.of(Int8())):
-        [failure] = through_parcels(sick, run="r", seed=0, up=up)({2: asked})
+        [failure] = ParcelExchange(sick, run="r", seed=0, up=up)({2: asked})
         assert failure.client == 2 and "finite" in failure.reason
 
 
 def test_codecs_that_leave_something_out_need_a_place_to_keep_it():
     with pytest.raises(ValueError, match="feedback must not be None"):
-        through_parcels(plainly, run="r", seed=0, up=Codecs(experts=TopK()))
+        ParcelExchange(plainly, run="r", seed=0, up=Codecs(experts=TopK()))
 
 
 def test_rounding_has_draws_of_its_own_for_every_round_and_client():

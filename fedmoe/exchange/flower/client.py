@@ -202,9 +202,7 @@ def _work(asked: Parcel, terms: Terms, client: Client, experiment: Experiment) -
         client.device,
     )
     round, codecs = received.assignment.round, received.codecs
-    remembers = received.assignment.job is Job.TRAIN and (
-        codecs.shared.remembers or codecs.experts.remembers
-    )
+    remembers = received.assignment.job is Job.TRAIN and codecs.remembers
     owed = PersonalStore(folder / "owed")
     parcel, left = pack_update(
         update,

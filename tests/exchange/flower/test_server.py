@@ -11,7 +11,7 @@ from fedmoe.exchange.flower.policy import QuorumError, RoundPolicy
 from fedmoe.exchange.flower.post import BROKEN, FAILED, PARCEL, WORK, Post
 from fedmoe.exchange.flower.records import post_of
 from fedmoe.exchange.inprocess import in_process
-from fedmoe.exchange.parcels import through_parcels
+from fedmoe.exchange.parcels import ParcelExchange
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.experiments.run import run_experiment
 from fedmoe.state import split_state
@@ -69,7 +69,7 @@ def test_codecs_with_an_error_give_the_same_bits_as_in_one_process(tmp_path, up)
     world.gather()
     made, codecs = world.experiment, {"down": Codecs.of(BF16()), "up": Codecs.of(up)}
     there = run_experiment(made, tmp_path / "there", exchange=lambda _: world.exchange(**codecs))
-    parcels = through_parcels(
+    parcels = ParcelExchange(
         in_process(made.factory, made.data.load, made.plan, made.schedule.seed),
         run="any",
         seed=made.schedule.seed,
