@@ -10,6 +10,7 @@ from fedmoe.cli.making import check, device_of, methods_of, rounds_of
 from fedmoe.cli.words import (
     console,
     duration,
+    listed,
     nothing_on_stdout,
     plain_table,
     plural,
@@ -30,7 +31,8 @@ class Total:
 
     method: str
     control: bool
-    bytes: int
+    bytes: int  # before messages are coded
+    coded: bool
     seconds: float
     memory_bytes: int  # the most that a client needs at its peak
     over_budget: int  # clients whose parameters do not fit their device
@@ -89,6 +91,7 @@ def total(experiment: Experiment, plans: Sequence[ClientPlan]) -> Total:
     return Total(
         method=experiment.method,
         control=experiment.control,
+        coded=experiment.coded,
         # The closing evaluation sends a client its part, has it train, and hears only numbers.
         bytes=round(schedule.rounds * share * (down + up) + closing * down),
         seconds=(schedule.rounds * share + closing) * seconds,
@@ -165,4 +168,6 @@ def _notes(experiment: Experiment, totals: Sequence[Total]) -> list[str]:
     ]
     if any(t.over_budget for t in totals):
         notes.append("A method over budget gives clients more than their devices hold.")
+    if coded := [t.method for t in totals if t.coded]:
+        notes.append(f"Messages of {listed(coded)} are coded, which takes less than what is told.")
     return notes

@@ -28,6 +28,9 @@ from fedmoe.experiments.run import Spec
 
 PLAIN = (bool, int, float, complex, str, bytes, Enum, np.generic, torch.dtype, torch.device)
 SAYS_NOTHING = {"control"}  # fields of an experiment that change how it is shown, not what it does
+# Fields of an experiment that are told only where they are not at their defaults: hashes that were
+# taken before there were any stay as they are.
+TOLD_IF_SET = {"down", "up"}
 LONGEST = 120  # characters; a longer setting is told by its beginning and its hash
 
 
@@ -59,11 +62,16 @@ def definition_of(spec: Spec, experiment: Experiment) -> Definition:
     Its trainer is none of them: trainers give the same result within rounding.
     """
     parts = [("spec", replace(spec, trainer=Spec.trainer), False), *_fields(experiment)]
-    told = [t for part in parts if part[0] not in SAYS_NOTHING for t in _tell(*part)]
+    told = [t for part in parts if _says_something(part) for t in _tell(*part)]
     return Definition(
         {name: _short(text) for name, text, _ in told},
         frozenset(name for name, _, default in told if default),
     )
+
+
+def _says_something(part: "Part") -> bool:
+    name, _, default = part
+    return name not in SAYS_NOTHING and not (default and name in TOLD_IF_SET)
 
 
 Told = tuple[str, str, bool]  # a setting's name and text, and whether it is at its default

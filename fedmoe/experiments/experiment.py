@@ -14,8 +14,10 @@ from fedmoe.federated.rounds import Schedule
 from fedmoe.federated.select import memory_for
 from fedmoe.population import Population
 from fedmoe.types import ClientInfo, MoEState, Strategy
+from fedmoe.wire.packing import RAW, Codecs
 
 LISTED = 1000  # clients, at most, of whom a run tells each one by one
+
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
@@ -28,6 +30,8 @@ class Experiment:
             every process, it must give the same parameters each time.
         clients: what the server knows of the clients of `data`, memory budgets included.
         unseen: clients that never train and are served at the end; their data come from `data` too.
+        down, up: how what goes to clients is coded, and what comes back. Where either has an error,
+            clients train on what they decode.
         control: not a method but a mark: it knows what a server cannot know, or ignores limits.
     """
 
@@ -41,6 +45,19 @@ class Experiment:
     schedule: Schedule
     control: bool = False
     unseen: Sequence[ClientInfo] = ()
+    down: Codecs = RAW
+    up: Codecs = RAW
+
+    def __post_init__(self) -> None:
+        if self.down.remembers:
+            raise ValueError(
+                f"down must not leave anything out, which clients would lack, got {self.down}"
+            )
+
+    @property
+    def coded(self) -> bool:
+        """Whether its messages are anything but the numbers as they are."""
+        return self.down != RAW or self.up != RAW
 
     @property
     def listed(self) -> Sequence[ClientInfo]:

@@ -34,8 +34,8 @@ class ClientPlan:
     experts_held: int  # over all layers: those that fit, or what the strategy gives whatever fits
     parameter_bytes: int  # of the shared part and the held experts
     training_bytes: int  # peak while training, measured with one batch on this machine
-    bytes_down: int  # a round
-    bytes_up: int  # a round
+    bytes_down: int  # a round, before it is coded
+    bytes_up: int  # a round, before it is coded
     seconds: float  # a round of local training, measured with a few batches on this machine
 
 

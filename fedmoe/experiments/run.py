@@ -1,16 +1,17 @@
 """Run an experiment, with a log line and a checkpoint each round; go on with one that was killed.
 
 A run owns one folder: `experiment.json` says how to make the experiment again, `run.json` and
-`rounds.jsonl` are the log (fedmoe/report/log.py), `checkpoints/` the server's state and `personal/`
-what clients keep. A round counts as done when its checkpoint is in place. Its log line is written
-just before; a line whose checkpoint is missing is cut off on resuming, and written again.
+`rounds.jsonl` are the log (fedmoe/report/log.py), `checkpoints/` the server's state, `personal/`
+what clients keep and `owed/` what the codec of their updates left out. A round counts as done when
+its checkpoint is in place. Its log line is written just before; a line whose checkpoint is missing
+is cut off on resuming, and written again.
 """
 
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,12 +23,13 @@ from fedmoe import __version__
 from fedmoe.checkpoint import content_hash, newest_checkpoint, save_checkpoint, snapshot
 from fedmoe.exchange.actors import Actors
 from fedmoe.exchange.inprocess import in_process
+from fedmoe.exchange.parcels import ParcelExchange, ParcelTraffic
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.memory import peak_bytes
 from fedmoe.federated.cohort import Trainer
 from fedmoe.federated.local import accuracy
-from fedmoe.federated.rounds import RoundReport, run_rounds
+from fedmoe.federated.rounds import RoundReport, Traffic, run_rounds
 from fedmoe.federated.select import experts_that_fit
 from fedmoe.population import Population, by_id, first_of_each_budget, together
 from fedmoe.report.log import ClientAccuracy, ClientEntry, Others, RoundRecord, RunInfo, RunLog
@@ -91,18 +93,21 @@ def run_experiment(
     exchange: MakeExchange | None = None,
     actors: Actors | None = None,
     trainer: Trainer = "one-by-one",
-    traffic: Callable[[], tuple[int, int]] | None = None,
+    traffic: Traffic | None = None,
 ) -> str:
     """Run to the end; returns the content hash of the server's last state.
 
+    Where the experiment's messages are coded, simulated clients are sent them as the parcels that
+    would travel, and bytes are those of these parcels.
+
     Args:
-        exchange: who carries assignments to clients, who then keep what is their own and may be
-            the only ones who have their data; None: they are simulated.
+        exchange: who carries assignments to clients, and codes them, who then keep what is their
+            own and may be the only ones who have their data; None: they are simulated.
         actors: who does the work of simulated clients; None: this process does. The bits are the
             same, and a run that was begun in one way may go on in the other.
         trainer: how simulated clients train (`federated.cohort`); the same all through a run.
-        traffic: the bytes that really went down and up since it was last called; None: a round's
-            messages are measured as they would be in full.
+        traffic: the bytes that really went down and up since it was last called; None: those of
+            parcels, or else a round's messages are measured as they would be in full.
 
     Raises:
         FileExistsError: the folder holds a run already, and `resume` is not asked for; or what
@@ -138,17 +143,17 @@ def run_experiment(
         if data_here and merged is not None and not _any(take_names(merged, personal)):
             shown = merged_accuracy(experiment, merged, device)
         _drop_strangers(report, experiment, complain)
-        if traffic is not None:
-            report.bytes_down, report.bytes_up = traffic()
-            report.bytes_once = min(report.bytes_once, report.bytes_down)
         record = _record(report, layer_sizes_of(experiment), memory, shown, shot.digest)
         log.append(record)
         if not final:
             save_checkpoint(folder / "checkpoints", report.round + 1, shot)
         on_round(record)
 
+    parcels = ParcelTraffic()
+    if exchange is None and experiment.coded:
+        traffic = parcels.take
     with (
-        _simulated(experiment, folder, device, on_client, actors, trainer)
+        _simulated(experiment, folder, device, on_client, actors, trainer, parcels)
         if exchange is None
         else nullcontext(exchange(on_client))
     ) as carry:
@@ -163,10 +168,12 @@ def run_experiment(
             prepare=prepare,
             after_round=after_round,
             unseen=experiment.unseen,
+            traffic=traffic,
         )
     return content_hash(end)
 
 
+@contextmanager
 def _simulated(
     experiment: Experiment,
     folder: Path,
@@ -174,8 +181,32 @@ def _simulated(
     progress: Callable[[int], None],
     actors: Actors | None,
     trainer: Trainer,
+    traffic: ParcelTraffic,
+) -> Iterator[Exchange]:
+    """Clients that are played here, by this process or by actors; `traffic` is told of parcels."""
+    with _players(experiment, folder, device, progress, actors, trainer) as exchange:
+        if not experiment.coded:
+            yield exchange
+            return
+        yield ParcelExchange(
+            exchange,
+            run="simulated",
+            seed=experiment.schedule.seed,
+            down=experiment.down,
+            up=experiment.up,
+            feedback=PersonalStore(folder / "owed") if experiment.up.remembers else None,
+            watch=traffic.watch,
+        )
+
+
+def _players(
+    experiment: Experiment,
+    folder: Path,
+    device: torch.device | str,
+    progress: Callable[[int], None],
+    actors: Actors | None,
+    trainer: Trainer,
 ) -> AbstractContextManager[Exchange]:
-    """Clients that are played here: by this process, or by actors."""
     of_clients = (
         experiment.factory,
         experiment.data.load,
@@ -276,7 +307,7 @@ def _drop_strangers(
 
 
 def _check_no_remains(folder: Path) -> None:
-    for name in ("checkpoints", "personal"):
+    for name in ("checkpoints", "personal", "owed"):
         if (folder / name).exists() and not (folder / "run.json").exists():
             raise FileExistsError(
                 f"{folder / name} is left of a run whose run.json is missing: remove it, or "

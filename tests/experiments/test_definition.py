@@ -18,6 +18,8 @@ from fedmoe.federated.local import LocalPlan, Phase, private_router
 from fedmoe.federated.rounds import Schedule
 from fedmoe.state import is_gate, other_than
 from fedmoe.types import ClientInfo, ExpertId
+from fedmoe.wire.codecs import Int8
+from fedmoe.wire.packing import Codecs
 from tests.tiny import experiment
 
 SPEC = Spec("tiny", "fedavg", 0, 3)
@@ -66,6 +68,9 @@ CHANGES = {
     "a budget": {"clients": (ClientInfo(0, memory_bytes=7),)},
     "a model": {"factory": partial(nn.Linear, 3, 2)},
     "a name": {"name": "other"},
+    "how assignments are coded": {"down": Codecs.of(Int8())},
+    "how updates are coded": {"up": Codecs.of(Int8())},
+    "a codec's levels": {"up": Codecs.of(Int8(levels=31))},
 }
 
 
@@ -75,6 +80,20 @@ def test_every_change_gives_another_definition():
     for what, spec in {"a seed": {"seed": 1}, "arguments": {"arguments": {"rate": 0.1}}}.items():
         found[what] = definition_of(replace(SPEC, **spec), experiment()).hash
     assert len(set(found.values())) == len(found)
+
+
+def test_codecs_are_told_only_where_there_are_any():
+    plain = definition_of(SPEC, experiment()).settings
+    assert not {name for name in plain if name.split(".")[0] in ("down", "up")}
+    coded = definition_of(SPEC, experiment(down=Codecs(experts=Int8(levels=47)))).settings
+    assert {n: v for n, v in coded.items() if n not in plain} == {
+        "down": "Codecs",
+        "down.shared": "Raw",
+        "down.experts": "Int8",
+        "down.experts.block": "1024",
+        "down.experts.levels": "47",
+        "down.experts.zstd": "True",
+    }
 
 
 def test_who_holds_which_example_is_told_by_the_hash_of_the_partition():

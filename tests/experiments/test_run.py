@@ -19,7 +19,9 @@ from fedmoe.federated.select import memory_for
 from fedmoe.report.log import read_run
 from fedmoe.state import everything, is_expert, is_gate, rows_of, split_state, state_hash
 from fedmoe.types import Assignment, ClientFailure, ExpertId, Job
+from fedmoe.wire.codecs import TopK
 from fedmoe.wire.messages import message_bytes
+from fedmoe.wire.packing import Codecs
 from tests.tiny import experiment, federated_data, tiny
 
 
@@ -378,12 +380,14 @@ def test_a_run_of_another_experiment_is_not_gone_on_with(tmp_path, change, what)
     assert (tmp_path / "rounds.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("left", ["checkpoints", "personal"])
+@pytest.mark.parametrize("left", ["checkpoints", "personal", "owed"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_the_remains_of_a_run_are_not_taken_for_the_new_ones(tmp_path, left, resume):
-    run_experiment(fedmoe(), tmp_path)
+    run_experiment(replace(fedmoe(), up=Codecs(experts=TopK(0.5))), tmp_path)
     (tmp_path / "run.json").unlink()
-    shutil.rmtree(tmp_path / ("personal" if left == "checkpoints" else "checkpoints"))
+    for other in {"checkpoints", "personal", "owed"} - {left}:
+        shutil.rmtree(tmp_path / other, ignore_errors=True)
+    (tmp_path / left).mkdir(exist_ok=True)
     with pytest.raises(FileExistsError, match=f"{left} is left of a run whose run.json is missing"):
         run_experiment(fedmoe(), tmp_path, resume=resume)
 

@@ -18,6 +18,7 @@ from fedmoe.experiments.run import Spec, run_experiment
 from fedmoe.experiments.table import make_experiment
 from fedmoe.report.log import RoundRecord
 from fedmoe.types import Exchange
+from fedmoe.wire.packing import RAW
 
 LOUD = {"hello", "refused", "failed", "retried", "left", "waiting"}
 
@@ -64,8 +65,8 @@ def lead(grid: Grid, flower_run: int, settings: Settings, on_event: OnEvent = ig
             roster,
             guests=[c.id for c in experiment.unseen],
             policy=settings.policy,
-            down=settings.down,
-            up=settings.up,
+            down=settings.down if settings.down != RAW else experiment.down,
+            up=settings.up if settings.up != RAW else experiment.up,
             on_event=tell,
             on_client=on_client,
         )

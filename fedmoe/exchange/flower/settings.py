@@ -34,7 +34,10 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """A run over Flower: which experiment, where it is logged, for whom it waits."""
+    """A run over Flower: which experiment, where it is logged, for whom it waits.
+
+    Codecs that are not raw are taken in place of the experiment's own.
+    """
 
     spec: Spec
     folder: Path

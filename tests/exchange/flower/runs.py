@@ -14,6 +14,8 @@ from fedmoe.nn.experts.ffn import FFN
 from fedmoe.nn.gates.topk import TopKGate
 from fedmoe.nn.init import seeded
 from fedmoe.nn.moe import MoE
+from fedmoe.wire.codecs import BF16, Int8
+from fedmoe.wire.packing import Codecs
 from tests.tiny import CLASSES, IN, D, experiment, federated_data
 
 TARGET = "tests.exchange.flower.runs:small"
@@ -42,7 +44,8 @@ def is_stem(name: str) -> bool:
 def small(seed: int = 0, rounds: int = 2, lr: float = 0.1) -> Mapping[str, Experiment]:
     """Four clients: everybody trains everything, or keeps the stem, or explores and selects.
 
-    With "guests" come two who never train; the experts of "wide" are worth a place in a cache.
+    With "guests" come two who never train; the experts of "wide" are worth a place in a cache, and
+    its messages are coded in "coded".
     """
     plain = experiment(schedule=Schedule(rounds, seed=seed))
     plain = replace(plain, plan=replace(plain.plan, lr=lr))
@@ -55,4 +58,11 @@ def small(seed: int = 0, rounds: int = 2, lr: float = 0.1) -> Mapping[str, Exper
             plain, method="guests", data=six, clients=six.clients[:4], unseen=six.clients[4:]
         ),
         "wide": replace(plain, method="wide", factory=partial(wide)),
+        "coded": replace(
+            plain,
+            method="coded",
+            factory=partial(wide),
+            down=Codecs.of(BF16()),
+            up=Codecs.of(Int8()),
+        ),
     }

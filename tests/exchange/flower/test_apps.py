@@ -82,6 +82,15 @@ def test_the_server_leads_a_run_to_its_end(tmp_path, method):
             assert sum(sizes) == wanted > 0
 
 
+def test_messages_are_coded_as_the_experiment_says_unless_the_operator_says_otherwise(tmp_path):
+    plain, coded = in_process(tmp_path / "plain", "wide"), in_process(tmp_path / "here", "coded")
+    assert plain != coded
+    there = lead(World(tmp_path / "1", "coded").grid, 1, settings_of(tmp_path / "run", "coded"))
+    assert there == coded
+    other = settings_of(tmp_path / "other", "coded", **{"codec-up": "topk"})
+    assert lead(World(tmp_path / "2", "coded").grid, 1, other) not in (plain, coded)
+
+
 class KilledError(Exception):
     pass
 

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from fedmoe.exchange.actors import Actors
+from fedmoe.exchange.parcels import ParcelExchange, ParcelTraffic
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.exchange.ray.exchange import ActorExchange, in_actors
 from fedmoe.experiments.run import run_experiment
 from fedmoe.federated.folding import folds
 from fedmoe.report.log import read_run
+from fedmoe.wire.codecs import Int8
+from fedmoe.wire.packing import Codecs
 from tests.exchange.ray.runs import BROKEN, folded, personal, whole
 
 pytestmark = pytest.mark.slow
@@ -92,6 +95,23 @@ def test_a_run_that_was_begun_in_process_goes_on_over_actors_with_the_same_bits(
     exchange = ActorExchange(crew, lambda client: None)
     run_experiment(e, tmp_path, resume=True, exchange=lambda on_client: exchange)
     assert log(tmp_path) == log(there / "folded")
+
+
+def test_parcels_give_over_actors_the_bits_of_one_process(there, crew, own, tmp_path):
+    codecs = {"down": Codecs.of(Int8()), "up": Codecs.of(Int8())}
+    e = replace(personal(folded(there / "orders")), **codecs)
+    wanted, traffic = run_experiment(e, tmp_path / "here"), ParcelTraffic()
+    parcels = ParcelExchange(
+        ActorExchange(crew, lambda client: None),
+        run="simulated",
+        seed=e.schedule.seed,
+        watch=traffic.watch,
+        **codecs,
+    )
+    end = run_experiment(
+        e, tmp_path / "there", exchange=lambda on_client: parcels, traffic=traffic.take
+    )
+    assert end == wanted and log(tmp_path / "there") == log(tmp_path / "here")
 
 
 @pytest.mark.parametrize("build", BUILDS)
