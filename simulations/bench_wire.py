@@ -38,6 +38,7 @@ from fedmoe.exchange.parcels import ParcelExchange
 from fedmoe.exchange.personal import PersonalStore
 from fedmoe.experiments.experiment import Experiment
 from fedmoe.experiments.fashion import domains
+from fedmoe.experiments.methods import INT8_DOWN, INT8_UP
 from fedmoe.federated.rounds import RoundReport, run_rounds
 from fedmoe.state import split_state
 from fedmoe.types import Exchange
@@ -51,9 +52,7 @@ ROUNDS, SEEDS = 20, (0, 1, 2)
 NUMBERS = 2**23  # of a tensor whose coding is timed: 32 MiB
 TURNS = 5
 
-# Of experts. On the way up the error is right on average, and averaged over clients too, so it may
-# be larger there.
-DOWN, UP = Int8(levels=47), Int8(levels=31)
+DOWN, UP = INT8_DOWN.experts, INT8_UP.experts  # Int8(levels=47), Int8(levels=31)
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ CASES = (
     Case(
         f"{CACHED} + int8, experts in 47 levels down, 31 up",
         "fedmoe",
-        Codecs(Int8(), DOWN),
-        Codecs(Int8(), UP),
+        INT8_DOWN,
+        INT8_UP,
     ),
     Case(
         f"{CACHED} + bf16 down, int8 up",
@@ -88,7 +87,7 @@ CASES = (
     Case(
         f"{CACHED} + 47 levels down, a tenth of the numbers up",
         "fedmoe",
-        Codecs(Int8(), DOWN),
+        INT8_DOWN,
         Codecs(Int8(), TopK(0.1)),
         by_default=False,
     ),

@@ -39,13 +39,21 @@ from fedmoe.nn.init import seeded
 from fedmoe.nn.members import ChosenGate, Members, of_gate
 from fedmoe.state import NameTest, everything, split_state
 from fedmoe.types import Strategy
+from fedmoe.wire.codecs import Int8
+from fedmoe.wire.packing import Codecs
 
 Methods = Mapping[str, Experiment]
 Factory = Callable[[], nn.Module]
 Shares = Sequence[float]
 
 GATE_HIDDEN = 32  # of FedMix's personal gate
-OURS = ("fedmoe", "random")  # what holds sub-MoEs
+OURS = ("fedmoe", "random", "fedmoe-int8")  # what holds sub-MoEs
+CODED = ("fedmoe", "fedavg")  # what there is with a byte a number on the wire, too
+
+# Experts take fewer levels, which compress better. On the way up the error is right on average,
+# and averaged over clients too, so it may be larger there.
+INT8_DOWN = Codecs(Int8(), Int8(levels=47))
+INT8_UP = Codecs(Int8(), Int8(levels=31))
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,8 @@ def all_methods(
     `fedrep`) keep `head` on the client, `fedper-moe` the whole MoE layer. `fedrep` trains its head
     for as many epochs as its body, so twice as long as the others. Methods with a model of their
     own are there if `others` has it. Of these `ifca`, `fedmix` and `pfedmoe` know no limit of
-    memory, and `fedavg-norm` is what `fedbn` is to be compared with.
+    memory, and `fedavg-norm` is what `fedbn` is to be compared with. `fedmoe-int8` and
+    `fedavg-int8` are `fedmoe` and `fedavg` with their messages coded.
 
     Args:
         shares, lr_of, proximal: see `core_methods`.
@@ -172,7 +181,10 @@ def all_methods(
         *(replace(base, method=m, strategy=strategy) for m, strategy in strategies.items()),
         *_of_other_models(base, others, shares),
     ]
-    return runs | _at_rates(more, lr_of)
+    coded = [
+        replace(runs[m], method=f"{m}-int8", down=INT8_DOWN, up=INT8_UP) for m in CODED
+    ]
+    return runs | _at_rates(more, lr_of) | {e.method: e for e in coded}
 
 
 def _of_other_models(base: Experiment, others: OtherModels, shares: Shares) -> list[Experiment]:
@@ -215,7 +227,8 @@ def _at_rates(
 
 
 def with_own_classifier(runs: Methods) -> dict[str, Experiment]:
-    """The same runs, but FedMoE and the random sub-MoE keep their classifier on the client.
+    """The same runs, but FedMoE, coded or not, and the random sub-MoE keep their classifier on the
+    client.
 
     For clients whose labels, or what stands for them, differ: an average serves none of them.
     """

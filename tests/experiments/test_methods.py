@@ -9,6 +9,8 @@ from torch import nn
 
 from fedmoe.data.examples import Examples
 from fedmoe.data.protocols import domains as domains_data
+from fedmoe.experiments import fashion
+from fedmoe.experiments.definition import definition_of
 from fedmoe.experiments.experiment import with_budgets
 from fedmoe.experiments.memory import peak_bytes
 from fedmoe.experiments.methods import (
@@ -18,7 +20,7 @@ from fedmoe.experiments.methods import (
     core_methods,
     mixture_of,
 )
-from fedmoe.experiments.run import run_experiment
+from fedmoe.experiments.run import Spec, run_experiment
 from fedmoe.federated.fedmoe import FedMoE
 from fedmoe.federated.local import LocalPlan, Phase
 from fedmoe.federated.rounds import Schedule
@@ -30,6 +32,7 @@ from fedmoe.nn.vision import fashion_cnn
 from fedmoe.report.log import read_run
 from fedmoe.state import (
     named_by_role,
+    nothing,
     other_than,
     parameter_bytes,
     split_state,
@@ -37,7 +40,9 @@ from fedmoe.state import (
     take_names,
 )
 from fedmoe.types import Assignment, ExpertId
+from fedmoe.wire.codecs import Int8
 from fedmoe.wire.messages import message_bytes
+from fedmoe.wire.packing import Codecs
 from tests.tiny import CLASSES, IN, D, Tiny, federated_data, tiny
 
 
@@ -78,6 +83,7 @@ def tiny_methods(others=OTHERS, rounds=2, lr=0.1):
 
 
 ALL = tiny_methods()
+CODED_METHODS = {"fedmoe-int8", "fedavg-int8"}
 OWN_MODEL = {"fedavg-norm", "fedbn", "ifca", "fedmix", "pfedmoe"}
 
 
@@ -118,18 +124,44 @@ def test_only_who_knows_the_groups_is_a_control(runs):
 def test_a_methods_own_learning_rate_is_its_own(runs):
     assert {m for m, r in runs.items() if r.plan.lr != 0.1} == {"local"}
     plan = LocalPlan(lr=0.1)
-    every = {m: 0.01 * (i + 1) for i, m in enumerate(ALL)}
+    every = {m: 0.01 * (i + 1) for i, m in enumerate(ALL) if m not in CODED_METHODS}
     made = all_methods(
         "tiny", federated_data(), tiny, plan, Schedule(1), (0.5,), FedMoE(),
         lr_of=every, others=OTHERS,
     )
-    assert {m: r.plan.lr for m, r in made.items()} == every
+    assert {m: r.plan.lr for m, r in made.items()} == {
+        **every, "fedmoe-int8": every["fedmoe"], "fedavg-int8": every["fedavg"]
+    }  # fmt: skip
 
 
 def test_fedprox_differs_from_fedavg_in_the_pull_alone(runs):
     plan = runs["fedprox"].plan
     assert plan.proximal > 0
     assert replace(plan, proximal=0.0) == runs["fedavg"].plan
+
+
+def changes_by_codecs(methods):
+    """What is set otherwise in a method whose messages are coded, but for its name."""
+    found = set()
+    for coded in CODED_METHODS:
+        plain, spec = methods[coded.removesuffix("-int8")], Spec("p", "", 0, 2)
+        made = definition_of(spec, replace(plain, method=coded)).settings
+        found |= set(definition_of(spec, methods[coded]).differs_from(made))
+        assert methods[coded].clients == plain.clients
+    return {name.split(".")[0] for name in found}
+
+
+def test_a_coded_method_differs_in_its_codecs_alone(data):
+    schedule = Schedule(2, 1)
+    plan = LocalPlan(lr=0.1)
+    on_images = fashion._on_images("p", data, plan, schedule, (0.25,))
+    skewed = fashion._on_skewed(data, schedule)
+    for methods in (ALL, on_images, skewed):
+        assert changes_by_codecs(methods) == {"down", "up"}
+    assert skewed["fedmoe-int8"].plan.personal is not nothing
+    assert skewed["fedavg-int8"].plan.personal is nothing
+    assert ALL["fedmoe-int8"].down == ALL["fedavg-int8"].down == Codecs(Int8(), Int8(levels=47))
+    assert ALL["fedmoe-int8"].up == ALL["fedavg-int8"].up == Codecs(Int8(), Int8(levels=31))
 
 
 def test_budgets_go_round_within_each_group(data, runs):

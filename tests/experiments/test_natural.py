@@ -49,6 +49,9 @@ def test_every_method_of_a_natural_protocol_has_a_model_for_its_data(name, monke
     for model in models.values():
         logit_NC = model(x)
         assert logit_NC.shape == (3, SHAPES[name][2]) and logit_NC.isfinite().all()
+    for method in ("fedmoe", "fedavg"):
+        plain, coded = methods[method], methods[f"{method}-int8"]
+        assert plain.plan == coded.plan and not plain.coded and coded.coded
     own = num_parameters(models["fedmoe"])
     assert 0.9 * own < num_parameters(models["ifca"]) < 1.5 * own
     assert len(split_state(models["ifca"]).experts) == natural.NUM_MODELS
