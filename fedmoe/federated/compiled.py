@@ -22,17 +22,17 @@ from fedmoe.federated.local import (
     moving_in,
 )
 from fedmoe.native import client as native
-from fedmoe.nn.members import Members
 from fedmoe.nn.stages import (
     Convolution,
     Dense,
     Mixture,
     Stage,
     UnknownPartError,
+    only_member,
     parameters_of,
     stages_of,
 )
-from fedmoe.state import everything, layer_sizes, named_by_role, nothing
+from fedmoe.state import everything, named_by_role, nothing
 from fedmoe.types import ActivationProfile, State
 
 
@@ -45,9 +45,9 @@ def stages_for(model: nn.Module, device: torch.device) -> tuple[Stage, ...] | st
         return f"compiled code runs on the CPU, not on {device}"
     if not native.available():
         return "there is no compiler here, or compiled code is switched off"
-    only = _only(model)
+    only = only_member(model)
     try:
-        stages = stages_of(model if only is None else only[1])
+        stages = stages_of(model if only is None else only.model)
     except UnknownPartError as why:
         return str(why)
     if any(p.dtype != torch.float32 for s in stages for p in parameters_of(s)):
@@ -58,10 +58,6 @@ def stages_for(model: nn.Module, device: torch.device) -> tuple[Stage, ...] | st
     if only is not None and any(isinstance(s, Mixture) for s in stages):
         return "a member must have no MoE layer of its own"
     return stages
-
-
-def _only(model: nn.Module) -> tuple[int, nn.Module] | None:
-    return model.only if isinstance(model, Members) and type(model) is Members else None
 
 
 def examples_unfit(
@@ -98,13 +94,13 @@ def train(
     towards: State | None = None,
 ) -> tuple[ActivationProfile, float]:
     """As `local.train`, within 1e-6."""
-    stages, only = stages_for(model, device), _only(model)
-    part, shown = model, examples
-    if only is not None:
-        part, shown = only[1], _as_inputs(model, examples)
+    stages, only = stages_for(model, device), only_member(model)
+    x_N = examples.x if only is None else only.inputs(examples.x)
+    y_N = examples.y
     if (
         isinstance(stages, str)
-        or examples_unfit(stages, part, shown)
+        or x_N is None
+        or examples_unfit(stages, only.model if only else model, Examples(x_N, y_N))
         or not (adjust is None or isinstance(adjust, Correction | Slope))
         or (isinstance(adjust, Slope) and plan.proximal)  # one thing to compare with is enough
         or forward is not None
@@ -115,8 +111,7 @@ def train(
         )
     sizes = [s.gate.num_experts for s in stages if isinstance(s, Mixture)]
     if only is not None:
-        sizes = [*layer_sizes(model)]
-    x_N, y_N = shown
+        sizes = [only.num_members]
     if isinstance(stages[0], Convolution):
         x_N = _channels_last(x_N)
     x_N, y_N = x_N.contiguous(), y_N.contiguous()
@@ -167,18 +162,11 @@ def train(
         if only is None:
             told = used.count_LE, used.weight_LE, used.score_LE
         else:
-            told = _all_to(only[0], tokens, num_experts)
+            told = _all_to(only.member, tokens, num_experts)
         total = total + ActivationProfile(*told, torch.full((len(sizes),), tokens))
         loss_sum += used.loss
         seen += tokens
     return total, finite_loss(loss_sum / max(seen, 1), plan, client)
-
-
-def _as_inputs(model: nn.Module, examples: Examples) -> Examples:
-    """Rows as what a member is shown."""
-    assert isinstance(model, Members)
-    rows = model.is_row(examples.x)
-    return Examples(examples.x.reshape(-1, *model.input_shape), examples.y) if rows else examples
 
 
 def _all_to(member: int, tokens: int, num_members: int) -> tuple[Tensor, Tensor, Tensor]:
