@@ -32,7 +32,7 @@ from fedmoe.nn.stages import (
     parameters_of,
     stages_of,
 )
-from fedmoe.state import everything, layer_sizes, named_by_role, nothing
+from fedmoe.state import everything, named_by_role, nothing
 from fedmoe.types import ActivationProfile, State
 
 
@@ -95,12 +95,12 @@ def train(
 ) -> tuple[ActivationProfile, float]:
     """As `local.train`, within 1e-6."""
     stages, only = stages_for(model, device), only_member(model)
-    part, shown = model, examples
-    if only is not None:
-        part, shown = only.model, Examples(only.inputs(examples.x), examples.y)
+    x_N = examples.x if only is None else only.inputs(examples.x)
+    y_N = examples.y
     if (
         isinstance(stages, str)
-        or examples_unfit(stages, part, shown)
+        or x_N is None
+        or examples_unfit(stages, only.model if only else model, Examples(x_N, y_N))
         or not (adjust is None or isinstance(adjust, Correction | Slope))
         or (isinstance(adjust, Slope) and plan.proximal)  # one thing to compare with is enough
         or forward is not None
@@ -111,8 +111,7 @@ def train(
         )
     sizes = [s.gate.num_experts for s in stages if isinstance(s, Mixture)]
     if only is not None:
-        sizes = [*layer_sizes(model)]
-    x_N, y_N = shown
+        sizes = [only.num_members]
     if isinstance(stages[0], Convolution):
         x_N = _channels_last(x_N)
     x_N, y_N = x_N.contiguous(), y_N.contiguous()
@@ -163,7 +162,7 @@ def train(
         if only is None:
             told = used.count_LE, used.weight_LE, used.score_LE
         else:
-            told = _all_to(only.number, tokens, num_experts)
+            told = _all_to(only.member, tokens, num_experts)
         total = total + ActivationProfile(*told, torch.full((len(sizes),), tokens))
         loss_sum += used.loss
         seen += tokens

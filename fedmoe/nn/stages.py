@@ -5,7 +5,8 @@ activations, and MoE layers. Whoever trains by stages must give what `model(x)` 
 so a model is told only if every part of it is known exactly.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from fedmoe.nn.classifier import StemAndHead
 from fedmoe.nn.experts.ffn import FFN, Activation
 from fedmoe.nn.gates.topk import TopKGate
 from fedmoe.nn.grouped import is_hooked
-from fedmoe.nn.members import Members
+from fedmoe.nn.members import ChosenGate, Member, Members
 from fedmoe.nn.moe import MoE
 from fedmoe.nn.sensors import SignalStem
 from fedmoe.nn.vision import ConvStem, Residual
@@ -46,23 +47,19 @@ class Convolution(NamedTuple):
 Stage = Dense | Mixture | Convolution
 
 
-class OnlyMember(NamedTuple):
-    """Of a model of several, the one that all examples go to."""
+class Only(NamedTuple):
+    """The one of several members that all examples go to."""
 
-    number: int
+    member: int
+    num_members: int
     model: nn.Module
-    inputs: Callable[[Tensor], Tensor]  # what the several are given, as what this one is shown
+    shape: tuple[int, ...]  # of an example, as the model takes it
 
-
-def only_member(model: nn.Module) -> OnlyMember | None:
-    """The one member of `members.Members` that is used, if it is so."""
-    if not isinstance(model, Members) or type(model) is not Members or model.only is None:
-        return None
-
-    def inputs(x: Tensor) -> Tensor:
-        return x.reshape(-1, *model.input_shape) if model.is_row(x) else x
-
-    return OnlyMember(*model.only, inputs)
+    def inputs(self, x_N: Tensor) -> Tensor | None:
+        """Examples, or rows of them, as the model takes them; None: they are neither."""
+        if x_N.dim() == 2 and x_N.shape[1] == math.prod(self.shape):
+            return x_N.reshape(-1, *self.shape)
+        return x_N if x_N.shape[1:] == self.shape else None
 
 
 class UnknownPartError(ValueError):
@@ -101,6 +98,27 @@ def stages_of(model: nn.Module) -> tuple[Stage, ...]:
     if any(True for name, _ in model.named_buffers() if name.split(".")[-1] not in OURS):
         raise UnknownPartError("a model must have no buffers but those of MoE layers")
     return tuple(stages)
+
+
+def only_member(model: nn.Module) -> Only | None:
+    """Of plain `Members` the one that a `ChosenGate` has chosen; None where it is not so.
+
+    What the whole gives is then the logarithm of this one's softmax, or its logits. Below a
+    probability of about 1e-6 that logarithm is not exact: what rounding takes from the sum of 1
+    goes to all classes.
+    """
+    if not isinstance(model, Members) or type(model) is not Members:
+        return None
+    moe, gate = model.mixture, model.mixture.gate
+    if type(moe) is not MoE or type(gate) is not ChosenGate or model.encoder is not None:
+        return None
+    chosen = gate.member
+    if chosen is None or chosen not in moe.held or not moe.present_E[chosen]:
+        return None
+    member = moe.experts[str(chosen)]
+    if type(member) is not Member or any(is_hooked(m) for m in (model, moe, gate, member)):
+        return None
+    return Only(chosen, moe.num_experts, member.model, model.input_shape)
 
 
 OURS = {"present_E", "known_E"}  # buffers that a MoE layer and its gate have

@@ -7,6 +7,7 @@ from torch import nn
 from fedmoe.nn.classifier import dense_classifier
 from fedmoe.nn.experts.ffn import FFN
 from fedmoe.nn.gates.topk import TopKGate
+from fedmoe.nn.members import ChosenGate, Members
 from fedmoe.nn.moe import MoE
 from fedmoe.nn.sensors import motion_cnn
 from fedmoe.nn.stages import (
@@ -14,6 +15,7 @@ from fedmoe.nn.stages import (
     Dense,
     Mixture,
     UnknownPartError,
+    only_member,
     parameters_of,
     stages_of,
 )
@@ -107,3 +109,47 @@ def with_buffer():
 def test_what_is_not_known_is_not_told(make, why):
     with pytest.raises(UnknownPartError, match=why):
         stages_of(make())
+
+
+def members(gate, **changes):
+    inner = [nn.Linear(4, 3) for _ in range(2)]
+    return Members(gate, inner, 3, changes.pop("shape", (4,)), **changes)
+
+
+def test_of_several_members_the_chosen_one_is_told_with_its_inputs():
+    model = members(ChosenGate(2, 1), shape=(2, 2))
+    only = only_member(model)
+    assert (only.member, only.num_members) == (1, 2)
+    assert only.model is model.mixture.experts["1"].model
+    rows, pictures = torch.arange(8.0).view(2, 4), torch.arange(8.0).view(2, 2, 2)
+    assert torch.equal(only.inputs(rows), pictures) and torch.equal(only.inputs(pictures), pictures)
+    assert only.inputs(torch.zeros(2, 4, 1)) is None
+
+
+def absent():
+    model = members(ChosenGate(2, 1))
+    model.mixture.hold([0])
+    return model
+
+
+def with_hooked_member():
+    model = members(ChosenGate(2, 1))
+    model.mixture.experts["1"].register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: members(ChosenGate(2)),
+        lambda: members(TopKGate(4, 2, 1)),
+        lambda: members(ChosenGate(2, 1), encoder=nn.Linear(4, 5), num_features=5),
+        lambda: type("Other", (Members,), {})(ChosenGate(2, 1), [nn.Linear(4, 3)] * 2, 3, (4,)),
+        lambda: nn.Linear(4, 3),
+        absent,
+        with_hooked_member,
+    ],
+    ids=["none chosen", "another gate", "encoder", "subclass", "no members", "absent", "hooked"],
+)
+def test_no_member_is_the_only_one(make):
+    assert only_member(make()) is None
