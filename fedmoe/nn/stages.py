@@ -1,8 +1,8 @@
 """What a model computes, told as data, so that it may be trained by other means than torch's.
 
-A model is told as a sequence of stages: convolutions with their pools, linear maps with their
-activations, and MoE layers. Whoever trains by stages must give what `model(x)` and its gradient do,
-so a model is told only if every part of it is known exactly.
+A model is told as a sequence of stages: an embedding of codes, convolutions with their pools,
+linear maps with their activations, and MoE layers. Whoever trains by stages must give what
+`model(x)` and its gradient do, so a model is told only if every part of it is known exactly.
 """
 
 import math
@@ -18,6 +18,7 @@ from fedmoe.nn.grouped import is_hooked
 from fedmoe.nn.members import ChosenGate, Member, Members
 from fedmoe.nn.moe import MoE
 from fedmoe.nn.sensors import SignalStem
+from fedmoe.nn.text import CharacterStem
 from fedmoe.nn.vision import ConvStem, Residual
 
 
@@ -44,7 +45,17 @@ class Convolution(NamedTuple):
     pool: tuple[int, int]  # rows and columns; signals in time have one row
 
 
-Stage = Dense | Mixture | Convolution
+class Embedding(NamedTuple):
+    """A row of numbers for each of an example's codes, side by side.
+
+    Codes of any type are cut to whole numbers.
+    """
+
+    table: nn.Embedding
+    length: int  # codes of an example
+
+
+Stage = Dense | Mixture | Convolution | Embedding
 
 
 class Only(NamedTuple):
@@ -91,6 +102,8 @@ def stages_of(model: nn.Module) -> tuple[Stage, ...]:
             stages.append(part)
     if not stages:
         raise UnknownPartError("a model must have a stage, got none")
+    if any(isinstance(s, Embedding) for s in stages[1:]):
+        raise UnknownPartError("codes must be what the model is given")
     owned = {id(p) for p in model.parameters()}
     told = [id(p) for s in stages for p in parameters_of(s)]
     if len(told) != len(owned) or owned != set(told):
@@ -134,6 +147,8 @@ def parameters_of(stage: Stage) -> list[Tensor]:
             found = [linear.weight, linear.bias]
         case Convolution(conv, _):
             found = [conv.weight, conv.bias]
+        case Embedding(table, _):
+            found = [table.weight]
         case Mixture():
             found = [stage.gate.proj.weight]
             for e in stage.experts.values():
@@ -163,6 +178,10 @@ def _parts(m: nn.Module) -> Iterator[Stage | nn.Flatten | nn.ReLU | nn.GELU]:
         yield _mixture(m.inner, residual=True)
     elif isinstance(m, ConvStem | SignalStem) and kind in (ConvStem, SignalStem):
         yield from _convolutions(m)
+    elif isinstance(m, CharacterStem) and kind is CharacterStem:
+        mix = _linear(m.mix)
+        yield _embedding(m.embed, mix.in_features)
+        yield Dense(mix, "relu")
     elif isinstance(m, nn.Flatten | nn.ReLU | nn.GELU) and kind in (nn.Flatten, nn.ReLU, nn.GELU):
         yield m
     else:
@@ -183,6 +202,19 @@ def _convolutions(m: ConvStem | SignalStem) -> Iterator[Convolution]:
         if any(s != 1 for s in (*conv.stride, *conv.dilation)) or conv.padding not in NO_PADDING:
             raise UnknownPartError("a convolution must have stride 1 and no padding")
         yield Convolution(conv, pool)
+
+
+def _embedding(table: nn.Embedding, width: int) -> Embedding:
+    if type(table) is not nn.Embedding or is_hooked(table):
+        raise UnknownPartError("an embedding must be plain")
+    if table.max_norm is not None or table.padding_idx is not None:
+        raise UnknownPartError("an embedding's rows must have any norm, and all must learn")
+    if table.sparse or table.scale_grad_by_freq:
+        raise UnknownPartError("an embedding's gradient must be dense, and as it is")
+    length, rest = divmod(width, table.embedding_dim)
+    if rest:
+        raise UnknownPartError("a linear map must take whole rows of an embedding")
+    return Embedding(table, length)
 
 
 def _mixture(moe: MoE, residual: bool) -> Mixture:

@@ -13,6 +13,7 @@ from fedmoe.nn.sensors import motion_cnn
 from fedmoe.nn.stages import (
     Convolution,
     Dense,
+    Embedding,
     Mixture,
     UnknownPartError,
     only_member,
@@ -20,14 +21,13 @@ from fedmoe.nn.stages import (
     stages_of,
 )
 from fedmoe.nn.tabular import vowel_mlp
-from fedmoe.nn.text import character_model
+from fedmoe.nn.text import CharacterStem, character_model
 from fedmoe.nn.vision import Residual, dense_cnn, fashion_cnn, flat_moe, small_vit
 
 
 def told(model):
-    return "".join(
-        {Dense: "d", Mixture: "m", Convolution: "c"}[type(s)] for s in stages_of(model)
-    )
+    letters = {Dense: "d", Mixture: "m", Convolution: "c", Embedding: "e"}
+    return "".join(letters[type(s)] for s in stages_of(model))
 
 
 def moe(expert=FFN, gate=TopKGate):
@@ -42,10 +42,11 @@ def moe(expert=FFN, gate=TopKGate):
         (dense_cnn, "ccdd"),
         (fashion_cnn, "ccm"),
         (motion_cnn, "ccm"),
+        (character_model, "edm"),
         (lambda: dense_classifier(nn.Flatten, 12, 5, 3), "dd"),
         (lambda: nn.Sequential(Residual(moe()), nn.Sequential(moe(), nn.Linear(4, 2))), "mmd"),
     ],
-    ids=["flat", "vowel", "dense cnn", "cnn", "motion", "dense", "nested"],
+    ids=["flat", "vowel", "dense cnn", "cnn", "motion", "characters", "dense", "nested"],
 )
 def test_stages_are_told_in_order_with_every_parameter_once(make, stages):
     model = make()
@@ -60,6 +61,8 @@ def test_activations_and_residuals_belong_to_their_stage():
     )
     assert (first.activation, second.residual, third.activation) == ("gelu", True, None)
     assert [*second.experts] == [0, 1, 2]
+    codes, mix = stages_of(CharacterStem(num_codes=9, context=5, embedding=3, dim=2))
+    assert (codes.length, mix.activation) == (5, "relu")
 
 
 class Other(FFN):
@@ -78,6 +81,12 @@ def shared():
     return nn.Sequential(one, one)
 
 
+def reading(**options):
+    stem = CharacterStem(num_codes=9, context=5, embedding=3, dim=2)
+    stem.embed = nn.Embedding(9, **{"embedding_dim": 3} | options)
+    return stem
+
+
 def with_buffer():
     model = nn.Sequential(nn.Linear(3, 2))
     model.register_buffer("scale", torch.ones(1))
@@ -88,7 +97,13 @@ def with_buffer():
     "make, why",
     [
         (small_vit, "ViT is not known"),
-        (character_model, "CharacterStem is not known"),
+        (lambda: nn.Sequential(nn.Embedding(9, 3)), "Embedding is not known"),
+        (lambda: nn.Sequential(nn.Linear(3, 5), reading()), "what the model is given"),
+        (lambda: reading(max_norm=1.0), "any norm"),
+        (lambda: reading(padding_idx=0), "all must learn"),
+        (lambda: reading(sparse=True), "must be dense"),
+        (lambda: reading(scale_grad_by_freq=True), "must be dense, and as it is"),
+        (lambda: reading(embedding_dim=4), "whole rows"),
         (lambda: fashion_cnn(norm="batch"), "normalisation"),
         (lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()), "Tanh is not known"),
         (lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout()), "Dropout is not known"),
