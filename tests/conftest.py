@@ -23,6 +23,7 @@ for _name, _value in {
 
 import hypothesis
 import pytest
+import torch
 
 from fedmoe.data.examples import Examples
 from fedmoe.data.fashion import find_folder, load_fashion_mnist
@@ -75,3 +76,10 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     if " at 0x" in repr(val):
         return getattr(val, "__name__", type(val).__name__)
     return None
+
+
+@pytest.fixture(autouse=True)
+def usual_arithmetic():
+    """Where clients work, denormals count as 0 from then on; another test shall not notice."""
+    yield
+    torch.set_flush_denormal(False)

@@ -81,7 +81,7 @@ def demo(seed: int = 0, rounds: int = 8) -> Methods:
     return {m: replace(runs[m], name="demo", schedule=schedule) for m in wanted}
 
 
-def two_domains(seed: int = 0, rounds: int = 40) -> Methods:
+def two_domains(seed: int = 0, rounds: int = 20) -> Methods:
     """24 clients, half with digits and half with clothes, which share the numbers of ten labels."""
     plan = LocalPlan((Phase(epochs=2),), lr=0.1, batch_size=20, balance=0.01, clip=1.0)
     schedule = Schedule(rounds, seed, evaluate_every=10)

@@ -25,7 +25,7 @@ from fedmoe.federated.local import (
     moving_in,
 )
 from fedmoe.nn.stacked import Choices, Stack, StackedModel, forward, likeness, stack_models
-from fedmoe.nn.stages import Stage, UnknownPartError, stages_of
+from fedmoe.nn.stages import Embedding, Stage, UnknownPartError, stages_of
 from fedmoe.state import layer_sizes, named_by_role
 from fedmoe.types import ActivationProfile
 
@@ -38,6 +38,8 @@ def stages_for(task: LocalTask) -> tuple[Stage, ...] | str:
         return str(why)
     if any(p.dtype != torch.float32 for p in task.model.parameters()):
         return "parameters must be float32"
+    if any(isinstance(s, Embedding) for s in stages):
+        return "an embedding is not known side by side"
     if likeness(stages) is None:
         return "convolutions gain nothing side by side, and experts of a layer must be alike"
     return stages

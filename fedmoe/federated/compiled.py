@@ -25,6 +25,7 @@ from fedmoe.native import client as native
 from fedmoe.nn.stages import (
     Convolution,
     Dense,
+    Embedding,
     Mixture,
     Stage,
     UnknownPartError,
@@ -32,7 +33,7 @@ from fedmoe.nn.stages import (
     parameters_of,
     stages_of,
 )
-from fedmoe.state import everything, layer_sizes, named_by_role, nothing
+from fedmoe.state import everything, named_by_role, nothing
 from fedmoe.types import ActivationProfile, State
 
 
@@ -66,7 +67,8 @@ def examples_unfit(
     """What about the examples does not fit the stages of this model; None: they do."""
     x_N, y_N = examples
     first, last = stages[0], stages[-1]
-    if x_N.dtype != torch.float32 or y_N.dtype != torch.int64:
+    floats = x_N.dtype == torch.float32 or isinstance(first, Embedding)
+    if not floats or y_N.dtype != torch.int64:
         return f"inputs must be float32 and labels int64, got {x_N.dtype} and {y_N.dtype}"
     if isinstance(first, Convolution):
         wanted = first.conv.weight.dim()
@@ -76,9 +78,17 @@ def examples_unfit(
         return f"inputs must be flat, got {tuple(x_N.shape)}"
     elif x_N[0].numel() != _width(first):
         return f"inputs must have {_width(first)} numbers, got {x_N[0].numel()}"
-    low, high = (int(v) for v in y_N.aminmax())
-    if low < 0 or high >= num_classes(last):
-        return f"labels must be from 0 to {num_classes(last) - 1}, got {low} to {high}"
+    if isinstance(first, Embedding):
+        why = _out_of_range("codes", x_N.long(), first.table.num_embeddings)
+        if why is not None:
+            return why
+    return _out_of_range("labels", y_N, num_classes(last))
+
+
+def _out_of_range(name: str, t: Tensor, limit: int) -> str | None:
+    low, high = (int(v) for v in t.aminmax())
+    if low < 0 or high >= limit:
+        return f"{name} must be from 0 to {limit - 1}, got {low} to {high}"
     return None
 
 
@@ -95,12 +105,12 @@ def train(
 ) -> tuple[ActivationProfile, float]:
     """As `local.train`, within 1e-6."""
     stages, only = stages_for(model, device), only_member(model)
-    part, shown = model, examples
-    if only is not None:
-        part, shown = only.model, Examples(only.inputs(examples.x), examples.y)
+    x_N = examples.x if only is None else only.inputs(examples.x)
+    y_N = examples.y
     if (
         isinstance(stages, str)
-        or examples_unfit(stages, part, shown)
+        or x_N is None
+        or examples_unfit(stages, only.model if only else model, Examples(x_N, y_N))
         or not (adjust is None or isinstance(adjust, Correction | Slope))
         or (isinstance(adjust, Slope) and plan.proximal)  # one thing to compare with is enough
         or forward is not None
@@ -111,10 +121,11 @@ def train(
         )
     sizes = [s.gate.num_experts for s in stages if isinstance(s, Mixture)]
     if only is not None:
-        sizes = [*layer_sizes(model)]
-    x_N, y_N = shown
+        sizes = [only.num_members]
     if isinstance(stages[0], Convolution):
         x_N = _channels_last(x_N)
+    if isinstance(stages[0], Embedding):
+        x_N = x_N.int()
     x_N, y_N = x_N.contiguous(), y_N.contiguous()
     received: dict[int, Tensor] = {}
     if isinstance(adjust, Slope):
@@ -163,7 +174,7 @@ def train(
         if only is None:
             told = used.count_LE, used.weight_LE, used.score_LE
         else:
-            told = _all_to(only.number, tokens, num_experts)
+            told = _all_to(only.member, tokens, num_experts)
         total = total + ActivationProfile(*told, torch.full((len(sizes),), tokens))
         loss_sum += used.loss
         seen += tokens
@@ -192,12 +203,18 @@ def num_classes(last: Stage) -> int:
             return linear.out_features
         case Mixture():
             return last.moe.out_dim or 0
-        case Convolution():
+        case Convolution() | Embedding():
             return 0
 
 
-def _width(first: Dense | Mixture) -> int:
-    return first.linear.in_features if isinstance(first, Dense) else first.gate.dim
+def _width(first: Dense | Mixture | Embedding) -> int:
+    match first:
+        case Dense(linear, _):
+            return linear.in_features
+        case Mixture():
+            return first.gate.dim
+        case Embedding():
+            return first.length
 
 
 def _channels_last(x_N: Tensor) -> Tensor:
@@ -273,6 +290,8 @@ def _native(
                 yield native.Dense(weights.linear(linear), activation)
             case Mixture():
                 yield _mixture(stage, weights)
+            case Embedding(table, _):
+                yield native.Embedding(weights.of(table.weight))
             case Convolution(conv, pool):
                 last = not isinstance(stages[i + 1], Convolution)
                 kernel = weights.of(conv.weight)

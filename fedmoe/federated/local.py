@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe.data.examples import ClientData, Examples
-from fedmoe.device import autocast
+from fedmoe.device import autocast, flush_denormals
 from fedmoe.nn.losses import load_balance_loss, z_loss
 from fedmoe.profile import open_gates, profile_of, watch_gates
 from fedmoe.rng import torch_generator
@@ -316,6 +316,7 @@ def working(
     Args:
         build: what makes the client's model, to be loaded; it may have been another client's.
     """
+    flush_denormals()  # wherever clients work, so that all places come to the same bits
     device = torch.device(device)
     plan = replace(plan, lr=plan.lr * plan.lr_decay**assignment.round)
     if not len(data.train.y):

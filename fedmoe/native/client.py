@@ -74,7 +74,13 @@ class Convolution(NamedTuple):
     last: bool  # no convolution follows: what comes out is flat, channel by channel
 
 
-Stage = Dense | Mixture | Convolution
+class Embedding(NamedTuple):
+    """Every code that comes in gives its row; an example's rows lie side by side."""
+
+    table: Weight  # (number of codes, width)
+
+
+Stage = Dense | Mixture | Convolution | Embedding
 
 
 class Settings(NamedTuple):
@@ -119,7 +125,8 @@ def train(
     """Train in place, once through each row of `order`, (epochs, N) indices of examples.
 
     Args:
-        x_N: float32, channels last where the first stage is a convolution.
+        x_N: float32, channels last where the first stage is a convolution; codes, as int32, where
+            it is an embedding.
         num_experts: E of the result; a layer with fewer has zeros behind its last one.
 
     Raises:
@@ -129,7 +136,8 @@ def train(
     library = compiled(SOURCE)
     if library is None:
         raise RuntimeError("compiled kernels are not available here: train in torch")
-    _check_examples(x_N, y_N, order, num_classes, settings)
+    codes = [len(s.table.value) for s in stages[:1] if isinstance(s, Embedding)]
+    _check_examples(x_N, y_N, order, codes, num_classes, settings)
     told = _Telling()
     width = told.tell(stages, tuple(x_N.shape[1:]))
     if width != num_classes:
@@ -195,7 +203,12 @@ def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]
 
 
 def _check_examples(
-    x_N: Tensor, y_N: Tensor, order: Tensor, num_classes: int, settings: Settings
+    x_N: Tensor,
+    y_N: Tensor,
+    order: Tensor,
+    codes: Sequence[int],  # how many there are, where x_N is codes
+    num_classes: int,
+    settings: Settings,
 ) -> None:
     num = len(y_N)
     if not num or len(x_N) != num or order.shape[1:] != (num,) or not len(order):
@@ -203,11 +216,11 @@ def _check_examples(
             f"x, y and order must tell of the same examples, and of some, got {tuple(x_N.shape)}, "
             f"{tuple(y_N.shape)} and {tuple(order.shape)}"
         )
-    for name, t, dtype in (
-        ("x", x_N, torch.float32), ("y", y_N, torch.int64), ("order", order, torch.int64)
-    ):
-        _check_tensor(name, t, dtype)
-    for name, t, limit in (("labels", y_N, num_classes), ("order", order, num)):
+    _check_tensor("x", x_N, torch.int32 if codes else torch.float32)
+    for name, t in (("y", y_N), ("order", order)):
+        _check_tensor(name, t, torch.int64)
+    limits = [("labels", y_N, num_classes), ("order", order, num)]
+    for name, t, limit in (*limits, *(("codes", x_N, n) for n in codes)):
         low, high = (int(v) for v in t.aminmax())
         if low < 0 or high >= limit:
             raise ValueError(f"{name} must be from 0 to {limit - 1}, got {low} to {high}")
@@ -259,6 +272,12 @@ class _Telling:
                     self.numbers.append(ACTIVATIONS[activation])
                 case Mixture():
                     width = self._mixture(stage, width)
+                case Embedding(table):
+                    if i:
+                        raise ValueError("an embedding must come before all else")
+                    rows, each = table.value.shape
+                    self.numbers += [3, width, each, self._weight(table, (rows, each), 0)]
+                    width *= each
         if picture is not None:
             raise ValueError("the last convolution must say so")
         return width
@@ -616,13 +635,27 @@ struct Conv {
   int64_t flat_width;
 };
 
-enum Kind { DENSE, MIXTURE, CONV };
+// Rows of a table side by side, one for each code of an example.
+struct Embedding {
+  Matrix* table = nullptr;
+  int64_t codes = 0, each = 0;  // of an example; numbers of a row, without padding
+  float* sum = nullptr;         // a step's gradient
+
+  static int64_t code(const float* x) {  // codes are int32, where other models have numbers
+    int32_t code;
+    std::memcpy(&code, x, sizeof code);
+    return code;
+  }
+};
+
+enum Kind { DENSE, MIXTURE, CONV, EMBEDDING };
 
 struct Stage {
   int kind;
   Dense dense;
   Mixture mix;
   Conv conv;
+  Embedding embed;
   float *out = nullptr, *gout = nullptr;
   int64_t width = 0;  // of `out`
 };
@@ -669,16 +702,21 @@ struct Client {
 
   void learn_bias(Matrix* m, const float* gy, int64_t ldy, int64_t rows) {
     if (!m || !m->moves) return;
-    if (!fused && !m->touched) std::memset(m->g, 0, m->size() * sizeof(float));
-    float* to = fused ? m->w : m->g;
-    float by = fused ? -float(set.lr) : 1;
+    float *to = learned(m), by = pace();
     for (int64_t j = 0; j < m->width; j += LANES) {
       Vec sum = {};
       for (int64_t i = 0; i < rows; i++) sum += load(gy + i * ldy + j);
       store(to + j, load(to + j) + by * sum);
     }
-    m->touched = true;
   }
+
+  // What a weight's gradient, times `pace`, is added to: a gradient, zeros at first, or the weight.
+  float* learned(Matrix* m) {
+    if (!fused && !m->touched) std::memset(m->g, 0, m->size() * sizeof(float));
+    m->touched = true;
+    return fused ? m->w : m->g;
+  }
+  float pace() const { return fused ? -float(set.lr) : 1; }
 
   void learn_linear(const Linear& m, const float* x, int64_t ldx, const float* gy, int64_t ldy,
                     int64_t rows) {
@@ -929,15 +967,13 @@ struct Client {
     }
     if (c.weight->moves) {
       Matrix* m = c.weight;
-      float* to = fused ? m->w : m->g;
-      if (!fused) std::memset(to, 0, m->size() * sizeof(float));
+      float* to = learned(m);
       for (int64_t b = 0; b < n; b++)
         for (int64_t dy = 0; dy < c.kh; dy++)
           product<STEP>(x + (b * c.height + dy) * row,
                         {1, c.channels, c.oh, row, wide * c.out},
                         c.gfull + b * whole + margin * c.out, c.out, to + dy * piece * c.out,
-                        c.out, piece, c.out, c.ow, fused ? -float(set.lr) : 1.0f);
-      m->touched = true;
+                        c.out, piece, c.out, c.ow, pace());
     }
     learn_bias(c.bias, c.gfull, c.out, n * c.oh * wide);
   }
@@ -972,6 +1008,30 @@ struct Client {
     }
   }
 
+  // ---- Embedding
+
+  void forward(const Embedding& e, const float* x, float* y, int64_t ldy, int64_t n) {
+    for (int64_t b = 0; b < n; b++)
+      for (int64_t t = 0; t < e.codes; t++)
+        std::memcpy(y + b * ldy + t * e.each,
+                    e.table->w + e.code(x + b * x_width + t) * e.table->width,
+                    e.each * sizeof(float));
+  }
+
+  // Summed before weights are touched: a row that is met often would be rounded as often.
+  void backward(const Embedding& e, const float* x, const float* gy, int64_t ldy, int64_t n) {
+    Matrix* m = e.table;
+    if (!m->moves) return;
+    std::memset(e.sum, 0, m->size() * sizeof(float));
+    for (int64_t b = 0; b < n; b++)
+      for (int64_t t = 0; t < e.codes; t++) {
+        float* row = e.sum + e.code(x + b * x_width + t) * m->width;
+        const float* g = gy + b * ldy + t * e.each;
+        for (int64_t j = 0; j < e.each; j++) row[j] += g[j];
+      }
+    add_scaled(learned(m), e.sum, pace(), m->size());
+  }
+
   // ---- A step
 
   const float* stage_forward(Stage& s, const float* x, int64_t n) {
@@ -981,6 +1041,7 @@ struct Client {
     }
     if (s.kind == MIXTURE) forward(s.mix, x, n);
     if (s.kind == CONV) forward(s.conv, x, n);
+    if (s.kind == EMBEDDING) forward(s.embed, x, s.out, s.width, n);
     return s.out;
   }
 
@@ -993,6 +1054,7 @@ struct Client {
     }
     if (s.kind == MIXTURE) backward(s.mix, x, gx, n);
     if (s.kind == CONV) backward(s.conv, x, gx, n);
+    if (s.kind == EMBEDDING) backward(s.embed, x, s.gout, s.width, n);
   }
 
   // Mean cross-entropy; the logits' gradient into `g`.
@@ -1125,6 +1187,12 @@ static void read(Client& c, Reader& in) {
       }
       m.start.assign(m.held_experts.size() + 1, 0);
       m.tally.assign(m.held_experts.size(), 0);
+    } else if (s.kind == EMBEDDING) {
+      Embedding& e = s.embed;
+      e.codes = in.next();
+      e.each = in.next();
+      e.table = maybe(c, in.next());
+      s.width = padded(e.codes * e.each);
     } else {
       Conv& v = s.conv;
       int64_t first = in.next(), channels = in.next();
@@ -1159,6 +1227,7 @@ static void read(Client& c, Reader& in) {
     auto moves = [](const Matrix* m) { return m && m->moves; };
     if (s.kind == DENSE) learns |= moves(s.dense.map.weight) || moves(s.dense.map.bias);
     if (s.kind == CONV) learns |= moves(s.conv.weight) || moves(s.conv.bias);
+    if (s.kind == EMBEDDING) learns |= moves(s.embed.table);
     if (s.kind == MIXTURE) {
       learns |= moves(s.mix.gate);
       for (const Expert& e : s.mix.held_experts)
@@ -1201,6 +1270,7 @@ static void lay_out(Client& c, Arena& arena) {
       for (float** p : {&m.row_weight, &m.choice_weight}) *p = floats(rows);
       for (int32_t** p : {&m.chosen, &m.token_R, &m.row_of}) *p = ints(rows);
     }
+    if (s.kind == EMBEDDING && s.embed.table->moves) s.embed.sum = floats(s.embed.table->size());
     if (s.kind == CONV) {
       Conv& v = s.conv;
       int64_t pooled = n * v.qh * v.qw * v.out;

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from fedmoe.nn.encoder import check_widths, encoded
-from fedmoe.nn.grouped import is_hooked
 from fedmoe.nn.moe import MoE
 from fedmoe.types import Routing
 
@@ -122,24 +121,6 @@ class Members(nn.Module):
     def joined(self, x: Tensor, feature_NF: Tensor) -> Tensor:
         """Inputs and their features as rows, (N, D) float32."""
         return torch.cat([x.flatten(1).float(), feature_NF.float()], 1)
-
-    @property
-    def only(self) -> tuple[int, nn.Module] | None:
-        """The one member that all examples go to, on their input, and its model; None: not so.
-
-        `forward` is then the logarithm of its softmax, or its logits. Below a probability of about
-        1e-6 the logarithm is not exact: what rounding takes from the sum of 1 goes to all classes.
-        """
-        moe, gate = self.mixture, self.mixture.gate
-        if type(gate) is not ChosenGate or self.encoder is not None or gate.member is None:
-            return None
-        if gate.member not in moe.held or not moe.present_E[gate.member]:
-            return None
-        member = moe.experts[str(gate.member)]
-        if any(is_hooked(m) for m in (self, moe, gate, member)):
-            return None
-        assert isinstance(member, Member)
-        return gate.member, member.model
 
     def is_row(self, x: Tensor) -> bool:
         """Whether these are rows already; without an encoder, flat inputs are their own rows."""

@@ -106,7 +106,7 @@ def likeness(stages: Sequence[Stage]) -> Hashable | None:
                 return None
             gate = s.gate
             told.append((gate.num_experts, gate.k, gate.gate_mass, s.residual, *experts))
-        else:  # convolutions gain nothing
+        else:  # convolutions gain nothing, embeddings are not known
             return None
     return tuple(told)
 

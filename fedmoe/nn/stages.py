@@ -1,11 +1,12 @@
 """What a model computes, told as data, so that it may be trained by other means than torch's.
 
-A model is told as a sequence of stages: convolutions with their pools, linear maps with their
-activations, and MoE layers. Whoever trains by stages must give what `model(x)` and its gradient do,
-so a model is told only if every part of it is known exactly.
+A model is told as a sequence of stages: an embedding of codes, convolutions with their pools,
+linear maps with their activations, and MoE layers. Whoever trains by stages must give what
+`model(x)` and its gradient do, so a model is told only if every part of it is known exactly.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from fedmoe.nn.classifier import StemAndHead
 from fedmoe.nn.experts.ffn import FFN, Activation
 from fedmoe.nn.gates.topk import TopKGate
 from fedmoe.nn.grouped import is_hooked
-from fedmoe.nn.members import Members
+from fedmoe.nn.members import ChosenGate, Member, Members
 from fedmoe.nn.moe import MoE
 from fedmoe.nn.sensors import SignalStem
+from fedmoe.nn.text import CharacterStem
 from fedmoe.nn.vision import ConvStem, Residual
 
 
@@ -43,26 +45,32 @@ class Convolution(NamedTuple):
     pool: tuple[int, int]  # rows and columns; signals in time have one row
 
 
-Stage = Dense | Mixture | Convolution
+class Embedding(NamedTuple):
+    """A row of numbers for each of an example's codes, side by side.
+
+    Codes of any type are cut to whole numbers.
+    """
+
+    table: nn.Embedding
+    length: int  # codes of an example
 
 
-class OnlyMember(NamedTuple):
-    """Of a model of several, the one that all examples go to."""
+Stage = Dense | Mixture | Convolution | Embedding
 
-    number: int
+
+class Only(NamedTuple):
+    """The one of several members that all examples go to."""
+
+    member: int
+    num_members: int
     model: nn.Module
-    inputs: Callable[[Tensor], Tensor]  # what the several are given, as what this one is shown
+    shape: tuple[int, ...]  # of an example, as the model takes it
 
-
-def only_member(model: nn.Module) -> OnlyMember | None:
-    """The one member of `members.Members` that is used, if it is so."""
-    if not isinstance(model, Members) or type(model) is not Members or model.only is None:
-        return None
-
-    def inputs(x: Tensor) -> Tensor:
-        return x.reshape(-1, *model.input_shape) if model.is_row(x) else x
-
-    return OnlyMember(*model.only, inputs)
+    def inputs(self, x_N: Tensor) -> Tensor | None:
+        """Examples, or rows of them, as the model takes them; None: they are neither."""
+        if x_N.dim() == 2 and x_N.shape[1] == math.prod(self.shape):
+            return x_N.reshape(-1, *self.shape)
+        return x_N if x_N.shape[1:] == self.shape else None
 
 
 class UnknownPartError(ValueError):
@@ -94,6 +102,8 @@ def stages_of(model: nn.Module) -> tuple[Stage, ...]:
             stages.append(part)
     if not stages:
         raise UnknownPartError("a model must have a stage, got none")
+    if any(isinstance(s, Embedding) for s in stages[1:]):
+        raise UnknownPartError("codes must be what the model is given")
     owned = {id(p) for p in model.parameters()}
     told = [id(p) for s in stages for p in parameters_of(s)]
     if len(told) != len(owned) or owned != set(told):
@@ -101,6 +111,27 @@ def stages_of(model: nn.Module) -> tuple[Stage, ...]:
     if any(True for name, _ in model.named_buffers() if name.split(".")[-1] not in OURS):
         raise UnknownPartError("a model must have no buffers but those of MoE layers")
     return tuple(stages)
+
+
+def only_member(model: nn.Module) -> Only | None:
+    """Of plain `Members` the one that a `ChosenGate` has chosen; None where it is not so.
+
+    What the whole gives is then the logarithm of this one's softmax, or its logits. Below a
+    probability of about 1e-6 that logarithm is not exact: what rounding takes from the sum of 1
+    goes to all classes.
+    """
+    if not isinstance(model, Members) or type(model) is not Members:
+        return None
+    moe, gate = model.mixture, model.mixture.gate
+    if type(moe) is not MoE or type(gate) is not ChosenGate or model.encoder is not None:
+        return None
+    chosen = gate.member
+    if chosen is None or chosen not in moe.held or not moe.present_E[chosen]:
+        return None
+    member = moe.experts[str(chosen)]
+    if type(member) is not Member or any(is_hooked(m) for m in (model, moe, gate, member)):
+        return None
+    return Only(chosen, moe.num_experts, member.model, model.input_shape)
 
 
 OURS = {"present_E", "known_E"}  # buffers that a MoE layer and its gate have
@@ -116,6 +147,8 @@ def parameters_of(stage: Stage) -> list[Tensor]:
             found = [linear.weight, linear.bias]
         case Convolution(conv, _):
             found = [conv.weight, conv.bias]
+        case Embedding(table, _):
+            found = [table.weight]
         case Mixture():
             found = [stage.gate.proj.weight]
             for e in stage.experts.values():
@@ -145,6 +178,10 @@ def _parts(m: nn.Module) -> Iterator[Stage | nn.Flatten | nn.ReLU | nn.GELU]:
         yield _mixture(m.inner, residual=True)
     elif isinstance(m, ConvStem | SignalStem) and kind in (ConvStem, SignalStem):
         yield from _convolutions(m)
+    elif isinstance(m, CharacterStem) and kind is CharacterStem:
+        mix = _linear(m.mix)
+        yield _embedding(m.embed, mix.in_features)
+        yield Dense(mix, "relu")
     elif isinstance(m, nn.Flatten | nn.ReLU | nn.GELU) and kind in (nn.Flatten, nn.ReLU, nn.GELU):
         yield m
     else:
@@ -165,6 +202,19 @@ def _convolutions(m: ConvStem | SignalStem) -> Iterator[Convolution]:
         if any(s != 1 for s in (*conv.stride, *conv.dilation)) or conv.padding not in NO_PADDING:
             raise UnknownPartError("a convolution must have stride 1 and no padding")
         yield Convolution(conv, pool)
+
+
+def _embedding(table: nn.Embedding, width: int) -> Embedding:
+    if type(table) is not nn.Embedding or is_hooked(table):
+        raise UnknownPartError("an embedding must be plain")
+    if table.max_norm is not None or table.padding_idx is not None:
+        raise UnknownPartError("an embedding's rows must have any norm, and all must learn")
+    if table.sparse or table.scale_grad_by_freq:
+        raise UnknownPartError("an embedding's gradient must be dense, and as it is")
+    length, rest = divmod(width, table.embedding_dim)
+    if rest:
+        raise UnknownPartError("a linear map must take whole rows of an embedding")
+    return Embedding(table, length)
 
 
 def _mixture(moe: MoE, residual: bool) -> Mixture:

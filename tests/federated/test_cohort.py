@@ -35,6 +35,7 @@ from fedmoe.nn.members import ChosenGate, Members
 from fedmoe.nn.moe import MoE
 from fedmoe.nn.sensors import motion_cnn
 from fedmoe.nn.tabular import vowel_mlp
+from fedmoe.nn.text import CharacterStem, character_model
 from fedmoe.nn.vision import Residual, dense_cnn, fashion_cnn, flat_moe
 from fedmoe.state import ROW, is_expert, layer_sizes, split_state, state_hash
 from fedmoe.types import Assignment, ClientUpdate, ExpertId, Job, MoEState
@@ -196,7 +197,7 @@ FITTING = [
 ]
 
 
-def rounds(make, plan, data, trainer, clients=tuple(range(5))):
+def rounds(make, plan, data, trainer, clients=(0, 1)):
     """Two rounds of the same work, one by one and by `trainer`, from the same kept tensors."""
     assert supported(make(), plan, trainer) is None
     own, found = {}, []
@@ -224,7 +225,8 @@ def scaled(model: MoEState) -> MoEState:
 @needs_a_compiler
 @pytest.mark.parametrize("method, plan", FITTING)
 def test_methods_that_train_in_their_own_way_are_compiled_too(method, plan, monkeypatch):
-    """The device holds other experts in each client, and some get no tokens."""
+    """The clients hold different experts. A step of client 0 with its last three examples leaves at
+    least two of its five experts in the last layer without tokens."""
     fitted = watched(monkeypatch)
     made = replace(PLANS[plan], method=METHODS[method])
     rounds(MODELS["two layers"], made, data_of, "compiled")
@@ -257,6 +259,60 @@ def watched(monkeypatch):
     monkeypatch.setattr(compiled.local, "train", one_by_one)
     monkeypatch.setattr(compiled, "train", watch)
     return fitted
+
+
+CONTEXT, CODES, MET = 4, 9, 6  # characters of an example; codes; those that occur
+CODE_TYPES = (torch.uint8, torch.int64, torch.float32, torch.int16, torch.int32)
+characters = partial(character_model, CONTEXT, 3, 8, EXPERTS, 6, 2, CODES)
+
+
+def codes_of(client, met=MET):
+    data = data_of(client, (CONTEXT,), num_classes=CODES)
+
+    def coded(examples):
+        code_NT = examples.x.mul(100).long().remainder(met)
+        return Examples(code_NT.to(CODE_TYPES[client]), examples.y)
+
+    return ClientData(coded(data.train), coded(data.validation), coded(data.test))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    "method, plan",
+    [
+        *((None, p) for p in ("plain", "momentum", "decay", "all", "phases", "frozen", "personal")),
+        ("ditto", "clip"),
+        ("scaffold", "all"),
+        ("apfl", "momentum"),
+        ("apfl, fixed", "plain"),
+    ],
+)
+def test_embeddings_of_characters_are_compiled_too(method, plan, monkeypatch):
+    """Codes are of many types; some are met more than once in a step, and some never."""
+    fitted = watched(monkeypatch)
+    made = PLANS[plan] if method is None else replace(PLANS[plan], method=METHODS[method])
+    rounds(characters, made, codes_of, "compiled", clients=(0, 2, 3))
+    assert fitted and all(fitted)
+
+
+@needs_a_compiler
+def test_codes_that_the_model_does_not_have_fail_as_one_after_another():
+    data = codes_of(0, met=CODES + 1)
+    with pytest.raises(IndexError) as one:
+        work(0, assignment(characters), characters, data, PLAN, None, 0)
+    load = lambda c, a: (data, None)  # noqa: E731
+    [(_, why)] = work_many(
+        [(0, assignment(characters))], characters, load, PLAN, 0, trainer="compiled"
+    )
+    assert isinstance(why, IndexError) and str(why) == str(one.value)
+
+
+def test_embeddings_are_not_trained_side_by_side():
+    assert "embedding" in supported(characters(), PLAN, "batched")
+    jobs = {c: assignment(characters, c) for c in (0, 1)}
+    slow, fast = both(characters, PLAN, "batched", codes_of, jobs)
+    for c, (update, _) in slow.items():
+        assert state_hash(update.model) == state_hash(fast[c][0].model)
 
 
 def members(mixes, shape, make_member):
@@ -299,6 +355,27 @@ def test_the_chosen_member_may_be_of_convolutions(monkeypatch):
     plan = replace(PLAN, lr=0.02, momentum=0.9, method=BestMember())
     shapes = {0: (1, 28, 28), 3: (784,)}
     same(*both(make, plan, "compiled", lambda c: data_of(c, shapes[c], num=7), jobs))
+    assert fitted == [True, True]
+
+
+@needs_a_compiler
+def test_the_chosen_member_may_read_characters(monkeypatch):
+    """Codes may come as they are, or as rows of numbers."""
+
+    def reader():
+        return StemAndHead(CharacterStem(CODES, CONTEXT, 3, 8), FFN(8, 7, CLASSES))
+
+    def data(client):
+        x = codes_of(client).train.x
+        return replace(data_of(client), train=Examples(x, data_of(client).train.y))
+
+    make = partial(members, "logits", (CONTEXT,), reader)
+    fitted = watched(monkeypatch)
+    jobs = {c: assignment(make, c) for c in (0, 2)}
+    plan = replace(PLANS["decay"], method=BestMember())
+    empty = Examples(torch.empty(0, CONTEXT), torch.empty(0, dtype=torch.int64))
+    load = lambda c: replace(data(c), validation=empty, test=empty)  # noqa: E731
+    same(*both(make, plan, "compiled", load, jobs))
     assert fitted == [True, True]
 
 

@@ -630,3 +630,14 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_client_and_rate(lr):
 def test_a_plan_out_of_range_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         LocalPlan(**fields)
+
+
+def test_numbers_too_small_for_their_exponent_count_as_nothing_where_clients_work():
+    """They would slow every product down; see `device.flush_denormals`."""
+    model = tiny()
+    whole = split_state(model)
+    held = frozenset(whole.experts)
+    work(0, Assignment(0, whole, held), tiny, client_data(0), LocalPlan(), None, 0)
+    smallest_normal = torch.tensor([torch.finfo(torch.float32).tiny])
+    assert (smallest_normal / 2).item() == 0.0
+    assert smallest_normal.item() > 0.0

@@ -9,6 +9,7 @@ from fedmoe.native import client as native
 from fedmoe.native.client import (
     Convolution,
     Dense,
+    Embedding,
     Expert,
     Linear,
     Met,
@@ -142,7 +143,36 @@ def test_a_convolution_and_its_pool_worked_by_hand():
     assert head.weight.value[:, 0].tolist() == pytest.approx([1 - 8 * p, 8 * p], rel=1e-6)
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_rows_of_an_embedding_learn_what_all_their_places_say_worked_by_hand(clip):
+    """Code 2 comes twice in the first example and once in the second, code 1 never."""
+    table = weight([0.0, 0.0], [5.0, 6.0], [0.0, 0.0])
+    head = weight([0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0], moves=False)
+    stages = [Embedding(table), Dense(Linear(head, None), None)]
+    x = torch.tensor([[2, 2], [0, 2]], dtype=torch.int32)
+    used = train(stages, x, labels(0, 1), order(2), 2, 0, ONE._replace(clip=clip))
+    assert used.loss == pytest.approx(2 * math.log(2))
+    # (p - label) / 2 of class 1 is 1/4 in the first example and -1/4 in the second. Code 0:
+    # -(1, 2)/4. Code 2: (1, 2)/4 + (3, 4)/4 - (3, 4)/4.
+    g = torch.tensor([[-0.25, -0.5], [0.0, 0.0], [0.25, 0.5]])
+    by = 1.0 if clip is None else min(1.0, 1 / (g.norm().item() + 1e-6))
+    wanted = torch.tensor([[0.0, 0.0], [5.0, 6.0], [0.0, 0.0]]) - by * g
+    torch.testing.assert_close(table.value, wanted)
+
+
+def test_momentum_and_decay_move_rows_that_no_code_met_worked_by_hand():
+    table = weight([1.0], [8.0])
+    head = weight([0.0], [0.0], moves=False)
+    settings = ONE._replace(lr=0.5, momentum=0.5, weight_decay=0.5)
+    x = torch.zeros(1, 1, dtype=torch.int32)
+    stages = [Embedding(table), Dense(Linear(head, None), None)]
+    train(stages, x, labels(0), order(1, epochs=2), 2, 0, settings)
+    # A step of 0.5 * 0.5 * 8 to 6; the next of 0.5 * (0.5 * 6 + 0.5 * 4) to 3.5.
+    assert table.value.tolist() == [[3.5 / 8], [3.5]]
+
+
 X, Y = torch.ones(3, 3), labels(0, 1, 0)
+CODED = [Embedding(weight([1.0], [2.0])), Dense(linear(2, 3), None)]
 MAP = linear(2, 3)
 
 
@@ -171,6 +201,11 @@ MAP = linear(2, 3)
         ([Dense(linear(3, 3), None),
           Convolution(Weight(torch.ones(1, 1, 1, 1)), Weight(torch.ones(1)), (1, 3), (1, 1), True)],
          X, Y, order(3), "before all else"),
+        (CODED, X, Y, order(3), "x must be contiguous torch.int32"),
+        (CODED, 2 * X.int(), Y, order(3), "codes must be from 0 to 1, got 2 to 2"),
+        (CODED, -X.int(), Y, order(3), "codes must be from 0 to 1, got -1 to -1"),
+        (CODED, X.int()[:, :2].contiguous(), Y, order(3), "must take width 2, got 3"),
+        ([Dense(linear(3, 3), None), *CODED], X, Y, order(3), "before all else"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_any_memory_is_touched(stages, x, y, rows, told):

@@ -7,25 +7,27 @@ from torch import nn
 from fedmoe.nn.classifier import dense_classifier
 from fedmoe.nn.experts.ffn import FFN
 from fedmoe.nn.gates.topk import TopKGate
+from fedmoe.nn.members import ChosenGate, Members
 from fedmoe.nn.moe import MoE
 from fedmoe.nn.sensors import motion_cnn
 from fedmoe.nn.stages import (
     Convolution,
     Dense,
+    Embedding,
     Mixture,
     UnknownPartError,
+    only_member,
     parameters_of,
     stages_of,
 )
 from fedmoe.nn.tabular import vowel_mlp
-from fedmoe.nn.text import character_model
+from fedmoe.nn.text import CharacterStem, character_model
 from fedmoe.nn.vision import Residual, dense_cnn, fashion_cnn, flat_moe, small_vit
 
 
 def told(model):
-    return "".join(
-        {Dense: "d", Mixture: "m", Convolution: "c"}[type(s)] for s in stages_of(model)
-    )
+    letters = {Dense: "d", Mixture: "m", Convolution: "c", Embedding: "e"}
+    return "".join(letters[type(s)] for s in stages_of(model))
 
 
 def moe(expert=FFN, gate=TopKGate):
@@ -40,10 +42,11 @@ def moe(expert=FFN, gate=TopKGate):
         (dense_cnn, "ccdd"),
         (fashion_cnn, "ccm"),
         (motion_cnn, "ccm"),
+        (character_model, "edm"),
         (lambda: dense_classifier(nn.Flatten, 12, 5, 3), "dd"),
         (lambda: nn.Sequential(Residual(moe()), nn.Sequential(moe(), nn.Linear(4, 2))), "mmd"),
     ],
-    ids=["flat", "vowel", "dense cnn", "cnn", "motion", "dense", "nested"],
+    ids=["flat", "vowel", "dense cnn", "cnn", "motion", "characters", "dense", "nested"],
 )
 def test_stages_are_told_in_order_with_every_parameter_once(make, stages):
     model = make()
@@ -58,6 +61,8 @@ def test_activations_and_residuals_belong_to_their_stage():
     )
     assert (first.activation, second.residual, third.activation) == ("gelu", True, None)
     assert [*second.experts] == [0, 1, 2]
+    codes, mix = stages_of(CharacterStem(num_codes=9, context=5, embedding=3, dim=2))
+    assert (codes.length, mix.activation) == (5, "relu")
 
 
 class Other(FFN):
@@ -76,6 +81,12 @@ def shared():
     return nn.Sequential(one, one)
 
 
+def reading(**options):
+    stem = CharacterStem(num_codes=9, context=5, embedding=3, dim=2)
+    stem.embed = nn.Embedding(9, **{"embedding_dim": 3} | options)
+    return stem
+
+
 def with_buffer():
     model = nn.Sequential(nn.Linear(3, 2))
     model.register_buffer("scale", torch.ones(1))
@@ -86,7 +97,13 @@ def with_buffer():
     "make, why",
     [
         (small_vit, "ViT is not known"),
-        (character_model, "CharacterStem is not known"),
+        (lambda: nn.Sequential(nn.Embedding(9, 3)), "Embedding is not known"),
+        (lambda: nn.Sequential(nn.Linear(3, 5), reading()), "what the model is given"),
+        (lambda: reading(max_norm=1.0), "any norm"),
+        (lambda: reading(padding_idx=0), "all must learn"),
+        (lambda: reading(sparse=True), "must be dense"),
+        (lambda: reading(scale_grad_by_freq=True), "must be dense, and as it is"),
+        (lambda: reading(embedding_dim=4), "whole rows"),
         (lambda: fashion_cnn(norm="batch"), "normalisation"),
         (lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()), "Tanh is not known"),
         (lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout()), "Dropout is not known"),
@@ -107,3 +124,47 @@ def with_buffer():
 def test_what_is_not_known_is_not_told(make, why):
     with pytest.raises(UnknownPartError, match=why):
         stages_of(make())
+
+
+def members(gate, **changes):
+    inner = [nn.Linear(4, 3) for _ in range(2)]
+    return Members(gate, inner, 3, changes.pop("shape", (4,)), **changes)
+
+
+def test_of_several_members_the_chosen_one_is_told_with_its_inputs():
+    model = members(ChosenGate(2, 1), shape=(2, 2))
+    only = only_member(model)
+    assert (only.member, only.num_members) == (1, 2)
+    assert only.model is model.mixture.experts["1"].model
+    rows, pictures = torch.arange(8.0).view(2, 4), torch.arange(8.0).view(2, 2, 2)
+    assert torch.equal(only.inputs(rows), pictures) and torch.equal(only.inputs(pictures), pictures)
+    assert only.inputs(torch.zeros(2, 4, 1)) is None
+
+
+def absent():
+    model = members(ChosenGate(2, 1))
+    model.mixture.hold([0])
+    return model
+
+
+def with_hooked_member():
+    model = members(ChosenGate(2, 1))
+    model.mixture.experts["1"].register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: members(ChosenGate(2)),
+        lambda: members(TopKGate(4, 2, 1)),
+        lambda: members(ChosenGate(2, 1), encoder=nn.Linear(4, 5), num_features=5),
+        lambda: type("Other", (Members,), {})(ChosenGate(2, 1), [nn.Linear(4, 3)] * 2, 3, (4,)),
+        lambda: nn.Linear(4, 3),
+        absent,
+        with_hooked_member,
+    ],
+    ids=["none chosen", "another gate", "encoder", "subclass", "no members", "absent", "hooked"],
+)
+def test_no_member_is_the_only_one(make):
+    assert only_member(make()) is None
