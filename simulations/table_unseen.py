@@ -40,7 +40,7 @@ TABLE = Table(
         Setting("heldout-average"),
         Setting("heldout-ablations"),
     ),
-    reference="fedjets",
+    reference="fedjets-fitted",
     how_to_read=HOW_TO_READ,
     sections=unseen_markdown,
 )
