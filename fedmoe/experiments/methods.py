@@ -25,6 +25,7 @@ from fedmoe.federated.methods.ditto import Ditto
 from fedmoe.federated.methods.flame import frequency_power
 from fedmoe.federated.methods.personal import (
     is_classifier,
+    is_classifier_or_norm,
     is_moe,
     is_norm,
     is_not_shared_extractor,
@@ -141,8 +142,9 @@ def all_methods(
     `fedrep`) keep `head` on the client, `fedper-moe` the whole MoE layer. `fedrep` trains its head
     for as many epochs as its body, so twice as long as the others. Methods with a model of their
     own are there if `others` has it. Of these `ifca`, `fedmix` and `pfedmoe` know no limit of
-    memory, and `fedavg-norm` is what `fedbn` is to be compared with. `fedmoe-int8` and
-    `fedavg-int8` are `fedmoe` and `fedavg` with their messages coded.
+    memory, and `fedavg-norm` is what `fedbn` is to be compared with; `fedmoe-norm` is FedMoE on
+    that model, its normalisation on the client too. `fedmoe-int8` and `fedavg-int8` are `fedmoe`
+    and `fedavg` with their messages coded.
 
     Args:
         shares, lr_of, proximal: see `core_methods`.
@@ -179,7 +181,7 @@ def all_methods(
         ),
         *(replace(base, method=m, plan=its_plan) for m, its_plan in plans.items()),
         *(replace(base, method=m, strategy=strategy) for m, strategy in strategies.items()),
-        *_of_other_models(base, others, shares),
+        *_of_other_models(base, runs["fedmoe"], others, shares),
     ]
     coded = [
         replace(runs[m], method=f"{m}-int8", down=INT8_DOWN, up=INT8_UP) for m in CODED
@@ -187,15 +189,22 @@ def all_methods(
     return runs | _at_rates(more, lr_of) | {e.method: e for e in coded}
 
 
-def _of_other_models(base: Experiment, others: OtherModels, shares: Shares) -> list[Experiment]:
-    """The methods that train another model; their plans have no balance of sparse gates."""
+def _of_other_models(
+    base: Experiment, ours: Experiment, others: OtherModels, shares: Shares
+) -> list[Experiment]:
+    """The methods that train another model; plans of those without sparse gates do not balance."""
 
     plan = base.plan
     runs: list[Experiment] = []
     if others.normed is not None:
         clients = with_budgets(base.data, split_state(others.normed()), shares)
         normed = replace(base, method="fedavg-norm", factory=others.normed, clients=clients)
-        runs += [normed, replace(normed, method="fedbn", plan=replace(plan, personal=is_norm))]
+        private = replace(normed, plan=replace(plan, personal=is_norm))
+        runs += [
+            normed,
+            replace(private, method="fedbn"),
+            replace(private, method="fedmoe-norm", strategy=ours.strategy),
+        ]
     dense = replace(plan, balance=0.0)
     whole = replace(base, clients=tuple(replace(c, memory_bytes=None) for c in base.clients))
     if others.clusters is not None:
@@ -210,8 +219,8 @@ def _of_other_models(base: Experiment, others: OtherModels, shares: Shares) -> l
             )
         )
     if others.extractors is not None:
-        private = replace(dense, personal=is_not_shared_extractor)
-        runs.append(replace(whole, method="pfedmoe", factory=others.extractors, plan=private))
+        apart = replace(dense, personal=is_not_shared_extractor)
+        runs.append(replace(whole, method="pfedmoe", factory=others.extractors, plan=apart))
     return runs
 
 
@@ -227,12 +236,17 @@ def _at_rates(
 
 
 def with_own_classifier(runs: Methods) -> dict[str, Experiment]:
-    """The same runs, but FedMoE, coded or not, and the random sub-MoE keep their classifier on the
-    client.
+    """The same runs, but FedMoE in all its forms and the random sub-MoE keep their classifier on
+    the client.
 
     For clients whose labels, or what stands for them, differ: an average serves none of them.
     """
-    own = {m: replace(runs[m], plan=fedper(is_classifier, runs[m].plan)) for m in OURS}
+    kept = {**dict.fromkeys(OURS, is_classifier), "fedmoe-norm": is_classifier_or_norm}
+    own = {
+        m: replace(runs[m], plan=fedper(test, runs[m].plan))
+        for m, test in kept.items()
+        if m in runs
+    }
     return {**runs, **own}
 
 

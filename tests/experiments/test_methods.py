@@ -84,7 +84,7 @@ def tiny_methods(others=OTHERS, rounds=2, lr=0.1):
 
 ALL = tiny_methods()
 CODED_METHODS = {"fedmoe-int8", "fedavg-int8"}
-OWN_MODEL = {"fedavg-norm", "fedbn", "ifca", "fedmix", "pfedmoe"}
+OWN_MODEL = {"fedavg-norm", "fedbn", "fedmoe-norm", "ifca", "fedmix", "pfedmoe"}
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,19 @@ def test_a_coded_method_differs_in_its_codecs_alone(data):
     assert skewed["fedavg-int8"].plan.personal is nothing
     assert ALL["fedmoe-int8"].down == ALL["fedavg-int8"].down == Codecs(Int8(), Int8(levels=47))
     assert ALL["fedmoe-int8"].up == ALL["fedavg-int8"].up == Codecs(Int8(), Int8(levels=31))
+
+
+def test_fedmoe_with_a_normalisation_of_its_own_is_fedbn_with_fedmoes_strategy(data):
+    schedule = Schedule(2, 1)
+    plain = fashion._on_images("p", data, LocalPlan(lr=0.1), schedule, (0.25,))
+    spec = Spec("p", "", 0, 2)
+    made = definition_of(spec, replace(plain["fedbn"], method="fedmoe-norm")).settings
+    changed = definition_of(spec, plain["fedmoe-norm"]).differs_from(made)
+    assert {name.split(".")[0] for name in changed} == {"strategy"}
+    assert plain["fedmoe-norm"].strategy == plain["fedmoe"].strategy
+    keeps = fashion._on_skewed(data, schedule)["fedmoe-norm"].plan.personal
+    assert keeps("stem.norm1.weight") and keeps("experts.0.1.down.weight")
+    assert not keeps("stem.conv1.weight") and not keeps("experts.0.1.up.weight")
 
 
 def test_budgets_go_round_within_each_group(data, runs):

@@ -14,11 +14,11 @@ SHAPES = {
     "shakespeare": ((16,), torch.uint8, 65),
 }
 WITHOUT = {
-    "motion": {"fedbn", "fedavg-norm"},
-    "vowels": {"fedbn", "fedavg-norm"},
-    "shakespeare": {"fedbn", "fedavg-norm", "fedmix", "pfedmoe"},
+    "motion": {"fedbn", "fedavg-norm", "fedmoe-norm"},
+    "vowels": {"fedbn", "fedavg-norm", "fedmoe-norm"},
+    "shakespeare": {"fedbn", "fedavg-norm", "fedmoe-norm", "fedmix", "pfedmoe"},
 }
-OWN_MODEL = {"ifca", "fedmix", "pfedmoe", "fedbn", "fedavg-norm"}
+OWN_MODEL = {"ifca", "fedmix", "pfedmoe", "fedbn", "fedavg-norm", "fedmoe-norm"}
 
 
 def stand_in(name):

@@ -35,6 +35,11 @@ def is_norm(name: str) -> bool:
     return any(NORM.fullmatch(part) for part in name.split("."))
 
 
+def is_classifier_or_norm(name: str) -> bool:
+    """True of what `is_classifier` or `is_norm` is true of."""
+    return is_classifier(name) or is_norm(name)
+
+
 def is_not_shared_extractor(name: str) -> bool:
     """True of all but expert 1 of layer 0, the shared extractor of `nn.extractors`.
 
