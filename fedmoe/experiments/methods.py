@@ -48,7 +48,13 @@ Factory = Callable[[], nn.Module]
 Shares = Sequence[float]
 
 GATE_HIDDEN = 32  # of FedMix's personal gate
-OURS = ("fedmoe", "random", "fedmoe-int8")  # what holds sub-MoEs
+# What holds sub-MoEs, and what each keeps on the client if its classifier stays there.
+WITH_CLASSIFIER: Mapping[str, NameTest] = {
+    "fedmoe": is_classifier,
+    "random": is_classifier,
+    "fedmoe-int8": is_classifier,
+    "fedmoe-norm": is_classifier_or_norm,
+}
 CODED = ("fedmoe", "fedavg")  # what there is with a byte a number on the wire, too
 
 # Experts take fewer levels, which compress better. On the way up the error is right on average,
@@ -241,10 +247,9 @@ def with_own_classifier(runs: Methods) -> dict[str, Experiment]:
 
     For clients whose labels, or what stands for them, differ: an average serves none of them.
     """
-    kept = {**dict.fromkeys(OURS, is_classifier), "fedmoe-norm": is_classifier_or_norm}
     own = {
         m: replace(runs[m], plan=fedper(test, runs[m].plan))
-        for m, test in kept.items()
+        for m, test in WITH_CLASSIFIER.items()
         if m in runs
     }
     return {**runs, **own}

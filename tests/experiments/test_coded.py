@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from torch import nn
 
 from fedmoe.experiments import run as run_module
 from fedmoe.experiments.experiment import Experiment, with_budgets
@@ -12,38 +11,15 @@ from fedmoe.federated.cohort import TRAINERS
 from fedmoe.federated.fedmoe import FedMoE
 from fedmoe.federated.local import fedper
 from fedmoe.federated.rounds import Schedule
-from fedmoe.nn.experts.ffn import FFN
-from fedmoe.nn.gates.topk import TopKGate
-from fedmoe.nn.init import seeded
-from fedmoe.nn.moe import MoE
 from fedmoe.report.log import read_run
 from fedmoe.state import split_state
 from fedmoe.wire.codecs import BF16, Int8, TopK
 from fedmoe.wire.packing import Codecs, pack_assignment
 from fedmoe.wire.parcel import parcel_bytes
-from tests.tiny import CLASSES, IN, D, experiment, federated_data
+from tests.exchange.flower.runs import is_stem, wide
+from tests.tiny import experiment, federated_data
 
 INT8 = Codecs.of(Int8())
-
-
-class Wide(nn.Module):
-    """As `Tiny`, but its experts are large enough to be coded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(IN, D)
-        self.head = MoE(TopKGate(D, 4, 1), {e: FFN(D, 64, CLASSES) for e in range(4)}, 4)
-
-    def forward(self, x_NI):
-        return self.head(self.stem(x_NI).tanh())
-
-
-def wide():
-    return seeded(Wide, 0)
-
-
-def is_stem(name):
-    return name.startswith("stem.")
 
 
 def fedavg(**changes):
