@@ -148,6 +148,7 @@ def _on_images(
     seed = schedule.seed
     # Four models with a quarter of the hidden layer each: together as large as the CNN of experts.
     member = partial(dense_cnn, hidden=128)
+    normed_member = partial(dense_cnn, hidden=128, norm="batch")
     return all_methods(
         name,
         data,
@@ -163,5 +164,7 @@ def _on_images(
             mixture=partial(mixture_of, member, 4, CLASSES, IMAGE, seed),
             extractors=partial(fashion_extractors, seed=seed),
             normed=partial(fashion_cnn, k=K, seed=seed, norm="batch"),
+            normed_2k=partial(fashion_cnn, k=2 * K, seed=seed, norm="batch"),
+            normed_clusters=partial(clusters_of, normed_member, 4, CLASSES, IMAGE, seed),
         ),
     )

@@ -54,6 +54,7 @@ WITH_CLASSIFIER: Mapping[str, NameTest] = {
     "random": is_classifier,
     "fedmoe-int8": is_classifier,
     "fedmoe-norm": is_classifier_or_norm,
+    "fedmoe-norm-2k": is_classifier_or_norm,
 }
 CODED = ("fedmoe", "fedavg")  # what there is with a byte a number on the wire, too
 
@@ -74,6 +75,8 @@ class OtherModels:
     mixture: Factory | None = None  # FedMix: whole models under a gate of the client's own
     extractors: Factory | None = None  # pFedMoE: a private and a shared feature extractor
     normed: Factory | None = None  # FedBN: the protocol's own with normalisation layers
+    normed_2k: Factory | None = None  # that with twice as many experts per example
+    normed_clusters: Factory | None = None  # those of IFCA with normalisation layers
 
 
 def core_methods(
@@ -149,8 +152,9 @@ def all_methods(
     for as many epochs as its body, so twice as long as the others. Methods with a model of their
     own are there if `others` has it. Of these `ifca`, `fedmix` and `pfedmoe` know no limit of
     memory, and `fedavg-norm` is what `fedbn` is to be compared with; `fedmoe-norm` is FedMoE on
-    that model, its normalisation on the client too. `fedmoe-int8` and `fedavg-int8` are `fedmoe`
-    and `fedavg` with their messages coded.
+    that model, its normalisation on the client too, `fedmoe-norm-2k` the same with twice as many
+    experts per example, and `ifca-norm` is what they are to be compared with. `fedmoe-int8`
+    and `fedavg-int8` are `fedmoe` and `fedavg` with their messages coded.
 
     Args:
         shares, lr_of, proximal: see `core_methods`.
@@ -187,7 +191,7 @@ def all_methods(
         ),
         *(replace(base, method=m, plan=its_plan) for m, its_plan in plans.items()),
         *(replace(base, method=m, strategy=strategy) for m, strategy in strategies.items()),
-        *_of_other_models(base, runs["fedmoe"], others, shares),
+        *_of_other_models(base, fedmoe, others, shares),
     ]
     coded = [
         replace(runs[m], method=f"{m}-int8", down=INT8_DOWN, up=INT8_UP) for m in CODED
@@ -196,7 +200,7 @@ def all_methods(
 
 
 def _of_other_models(
-    base: Experiment, ours: Experiment, others: OtherModels, shares: Shares
+    base: Experiment, fedmoe: FedMoE, others: OtherModels, shares: Shares
 ) -> list[Experiment]:
     """The methods that train another model; plans of those without sparse gates do not balance."""
 
@@ -209,13 +213,21 @@ def _of_other_models(
         runs += [
             normed,
             replace(private, method="fedbn"),
-            replace(private, method="fedmoe-norm", strategy=ours.strategy),
+            replace(private, method="fedmoe-norm", strategy=fedmoe),
         ]
+        if others.normed_2k is not None:
+            fewest = replace(fedmoe, min_experts=2 * fedmoe.min_experts)
+            denser = replace(private, factory=others.normed_2k, strategy=fewest)
+            runs.append(replace(denser, method="fedmoe-norm-2k"))
     dense = replace(plan, balance=0.0)
     whole = replace(base, clients=tuple(replace(c, memory_bytes=None) for c in base.clients))
+    choosing = replace(whole, plan=replace(dense, method=BestMember()))
     if others.clusters is not None:
-        choosing = replace(dense, method=BestMember())
-        runs.append(replace(whole, method="ifca", factory=others.clusters, plan=choosing))
+        runs.append(replace(choosing, method="ifca", factory=others.clusters))
+    if others.normed_clusters is not None:
+        # Averaged as all else: a client with norms of its own would stay with its first choice,
+        # the only model whose norms have seen its data.
+        runs.append(replace(choosing, method="ifca-norm", factory=others.normed_clusters))
     if others.mixture is not None:
         mixing = replace(dense, personal=of_gate)
         by_gate = FedAvg(weigh=by_mass)

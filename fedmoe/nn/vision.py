@@ -53,12 +53,16 @@ def dense_cnn(
     num_classes: int = 10,
     hidden: int = 512,
     seed: int = 0,
+    norm: Norm = "none",
     channels: tuple[int, int] = (32, 64),
 ) -> StemAndHead:
-    """Two convolutions and one hidden layer: 582,026 parameters at the defaults."""
+    """Two convolutions and one hidden layer: 582,026 parameters at the defaults.
+
+    `norm` is that of the convolutions.
+    """
 
     def build() -> StemAndHead:
-        return StemAndHead(ConvStem(channels), FFN(16 * channels[1], hidden, num_classes))
+        return StemAndHead(ConvStem(channels, norm), FFN(16 * channels[1], hidden, num_classes))
 
     return seeded(build, seed)
 

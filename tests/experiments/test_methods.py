@@ -1,5 +1,6 @@
 """Methods of a protocol must differ in nothing but the method, and all must work."""
 
+from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
 
@@ -31,6 +32,7 @@ from fedmoe.nn.init import seeded
 from fedmoe.nn.vision import fashion_cnn
 from fedmoe.report.log import read_run
 from fedmoe.state import (
+    moe_layers,
     named_by_role,
     nothing,
     other_than,
@@ -47,28 +49,35 @@ from tests.tiny import CLASSES, IN, D, Tiny, federated_data, tiny
 
 
 class Normed(Tiny):
-    def __init__(self):
-        super().__init__(4, 1)
+    def __init__(self, k=1):
+        super().__init__(4, k)
         self.norm = nn.BatchNorm1d(D)
 
     def forward(self, x_NI):
         return self.head(self.norm(self.stem(x_NI)))
 
 
-def normed():
-    return seeded(Normed, 0)
+def normed(k=1):
+    return seeded(partial(Normed, k), 0)
 
 
 def stem():
     return nn.Sequential(nn.Linear(IN, D), nn.Tanh())
 
 
+def normed_stem():
+    return nn.Sequential(OrderedDict(up=nn.Linear(IN, D), norm=nn.BatchNorm1d(D)))
+
+
 MEMBER = partial(dense_classifier, stem, D, 3, CLASSES)
+NORMED_MEMBER = partial(dense_classifier, normed_stem, D, 3, CLASSES)
 OTHERS = OtherModels(
     clusters=partial(clusters_of, MEMBER, 3, CLASSES, (IN,)),
     mixture=partial(mixture_of, MEMBER, 3, CLASSES, (IN,)),
     extractors=partial(vowel_extractors, features=IN, num_features=D, num_classes=CLASSES),
     normed=normed,
+    normed_2k=partial(normed, 2),
+    normed_clusters=partial(clusters_of, NORMED_MEMBER, 3, CLASSES, (IN,)),
 )
 
 
@@ -84,7 +93,8 @@ def tiny_methods(others=OTHERS, rounds=2, lr=0.1):
 
 ALL = tiny_methods()
 CODED_METHODS = {"fedmoe-int8", "fedavg-int8"}
-OWN_MODEL = {"fedavg-norm", "fedbn", "fedmoe-norm", "ifca", "fedmix", "pfedmoe"}
+NORMED = {"fedavg-norm", "fedbn", "fedmoe-norm", "fedmoe-norm-2k", "ifca-norm"}
+OWN_MODEL = {*NORMED, "ifca", "fedmix", "pfedmoe"}
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +182,30 @@ def test_fedmoe_with_a_normalisation_of_its_own_is_fedbn_with_fedmoes_strategy(d
     changed = definition_of(spec, plain["fedmoe-norm"]).differs_from(made)
     assert {name.split(".")[0] for name in changed} == {"strategy"}
     assert plain["fedmoe-norm"].strategy == plain["fedmoe"].strategy
-    keeps = fashion._on_skewed(data, schedule)["fedmoe-norm"].plan.personal
-    assert keeps("stem.norm1.weight") and keeps("experts.0.1.down.weight")
-    assert not keeps("stem.conv1.weight") and not keeps("experts.0.1.up.weight")
+    for method in ("fedmoe-norm", "fedmoe-norm-2k"):
+        keeps = fashion._on_skewed(data, schedule)[method].plan.personal
+        assert keeps("stem.norm1.weight") and keeps("experts.0.1.down.weight")
+        assert not keeps("stem.conv1.weight") and not keeps("experts.0.1.up.weight")
+
+
+def test_more_experts_per_example_are_all_that_differs(data):
+    methods = fashion._on_images("p", data, LocalPlan(lr=0.1), Schedule(2, 1), (0.25,))
+    one, two = methods["fedmoe-norm"], methods["fedmoe-norm-2k"]
+    spec = Spec("p", "", 0, 2)
+    made = definition_of(spec, replace(one, method="fedmoe-norm-2k")).settings
+    changed = set(definition_of(spec, two).differs_from(made))
+    assert {name.split(".")[0] for name in changed} == {"factory", "strategy"}
+    assert two.strategy == replace(one.strategy, min_experts=2 * one.strategy.min_experts)
+    assert [moe_layers(e.factory())[0][1].gate.k for e in (one, two)] == [2, 4]
+    assert state_hash(split_state(one.factory())) == state_hash(split_state(two.factory()))
+
+
+def test_clusters_with_normalisation_average_it_as_all_else():
+    plain, normed = ALL["ifca"], ALL["ifca-norm"]
+    assert normed.plan == plain.plan and normed.clients == plain.clients
+    assert normed.plan.personal is nothing
+    names = split_state(normed.factory()).experts[ExpertId(0, 2)].keys()
+    assert "model.stem.norm.running_mean" in names
 
 
 def test_budgets_go_round_within_each_group(data, runs):

@@ -13,12 +13,13 @@ SHAPES = {
     "vowels": ((10,), torch.float32, 11),
     "shakespeare": ((16,), torch.uint8, 65),
 }
+NORMED = {"fedbn", "fedavg-norm", "fedmoe-norm", "fedmoe-norm-2k", "ifca-norm"}
 WITHOUT = {
-    "motion": {"fedbn", "fedavg-norm", "fedmoe-norm"},
-    "vowels": {"fedbn", "fedavg-norm", "fedmoe-norm"},
-    "shakespeare": {"fedbn", "fedavg-norm", "fedmoe-norm", "fedmix", "pfedmoe"},
+    "motion": NORMED,
+    "vowels": NORMED,
+    "shakespeare": {*NORMED, "fedmix", "pfedmoe"},
 }
-OWN_MODEL = {"ifca", "fedmix", "pfedmoe", "fedbn", "fedavg-norm", "fedmoe-norm"}
+OWN_MODEL = {"ifca", "fedmix", "pfedmoe", *NORMED}
 
 
 def stand_in(name):
