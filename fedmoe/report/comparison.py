@@ -7,6 +7,7 @@ of another size, set none. Accuracies are the chosen ones, from 0 to 1, unless s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -184,7 +185,6 @@ def leads_table(ahead: Sequence[Lead], reference: str) -> str:
     for lead in ahead:
         name = lead.method.replace("|", "\\|") + lead.mark
         if lead.over_seeds is None or lead.over_clients is None:
-            lines.append(f"| {name} | - | - | - | - |")
             continue
         seeds = lead.over_seeds
         points = f"{100 * seeds.mean:+.2f}"
@@ -192,10 +192,21 @@ def leads_table(ahead: Sequence[Lead], reference: str) -> str:
             points = f"**{points}**"
         cells = [points, _interval(seeds), _interval(lead.over_clients), str(seeds.num_pairs)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    refusals = [lead for lead in ahead if lead.why_not]
-    if refusals:
-        lines += ["", *(f"- No difference to {r.method}: {r.why_not}" for r in refusals)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_refusals(ahead)])
+
+
+def _refusals(ahead: Sequence[Lead]) -> list[str]:
+    """A line for each reason why there is no difference, with the methods it holds for."""
+    of_reason: dict[str, list[Lead]] = {}
+    for lead in ahead:
+        if lead.why_not:
+            # A reason names its method, in brackets; without that it may be another's too.
+            of_reason.setdefault(re.sub(r" \([^)]*\)", "", lead.why_not), []).append(lead)
+    lines = []
+    for reason, of in of_reason.items():
+        why = of[0].why_not if len(of) == 1 else reason
+        lines.append(f"- No difference to {', '.join(lead.method for lead in of)}: {why}")
+    return ["", *lines] if lines else []
 
 
 def _interval(d: PairedDifference) -> str:

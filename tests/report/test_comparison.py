@@ -142,6 +142,17 @@ def test_no_lead_is_drawn_where_the_two_do_not_compare(change: Row, why: str) ->
     assert f"- No difference to b: {b.why_not}" in comparison_markdown(changed, "a")
 
 
+def test_methods_with_the_same_reason_share_its_line() -> None:
+    fewer = [r for r in rows() if r["method"] == "a" or r["seed"] == 0]
+    other = [{**r, "method": "d"} for r in rows() if r["method"] == "b"]
+    table = leads_table(leads([*fewer, *other], "a"), "a")
+    assert "| b |" not in table and "| d | +20.00 |" in table
+    assert table.endswith(
+        "\n\n- No difference to b, c: Fewer than 3 seeds: differences may be luck, so none is marked "
+        "as best."
+    )
+
+
 def test_from_two_seeds_no_lead_is_drawn() -> None:
     two = [r for r in rows() if r["seed"] < 2]
     assert all(x.over_seeds is None and "Fewer than 3 seeds" in x.why_not for x in leads(two, "a"))
