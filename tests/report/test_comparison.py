@@ -148,8 +148,8 @@ def test_methods_with_the_same_reason_share_its_line() -> None:
     table = leads_table(leads([*fewer, *other], "a"), "a")
     assert "| b |" not in table and "| d | +20.00 |" in table
     assert table.endswith(
-        "\n\n- No difference to b, c: Fewer than 3 seeds: differences may be luck, so none is marked "
-        "as best."
+        "\n\n- No difference to b, c: Fewer than 3 seeds: differences may be luck, "
+        "so none is marked as best."
     )
 
 
