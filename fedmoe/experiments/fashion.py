@@ -83,7 +83,8 @@ def demo(seed: int = 0, rounds: int = 8) -> Methods:
 
 def two_domains(seed: int = 0, rounds: int = 20) -> Methods:
     """24 clients, half with digits and half with clothes, which share the numbers of ten labels."""
-    plan = LocalPlan((Phase(epochs=2),), lr=0.1, batch_size=20, balance=0.01, clip=1.0)
+    # The best of 0.1, 0.2 and 0.4 for FedMoE and of the last two for FedAvg, on validation data.
+    plan = LocalPlan((Phase(epochs=2),), lr=0.4, batch_size=20, balance=0.01, clip=1.0)
     schedule = Schedule(rounds, seed, evaluate_every=10)
     return _on_images("two-domains", two_domains_data(seed), plan, schedule, (0.25,))
 
