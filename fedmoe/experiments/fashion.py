@@ -86,7 +86,8 @@ def two_domains(seed: int = 0, rounds: int = 20) -> Methods:
     # The best of 0.1, 0.2 and 0.4 for FedMoE and of the last two for FedAvg, on validation data.
     plan = LocalPlan((Phase(epochs=2),), lr=0.4, batch_size=20, balance=0.01, clip=1.0)
     schedule = Schedule(rounds, seed, evaluate_every=10)
-    return _on_images("two-domains", two_domains_data(seed), plan, schedule, (0.25,))
+    data = two_domains_data(seed)
+    return _on_images("two-domains", data, plan, schedule, (0.25,), smooth_kin=True)
 
 
 def published(
@@ -145,8 +146,12 @@ def _on_images(
     schedule: Schedule,
     shares: Shares,
     theta_cap: float = 1.0,
+    smooth_kin: bool = False,
 ) -> Methods:
     seed = schedule.seed
+    fedmoe = FedMoE(
+        min_experts=K, theta_cap=theta_cap, smooth_kin=smooth_kin, kinship=1.0, seed=seed
+    )
     # Four models with a quarter of the hidden layer each: together as large as the CNN of experts.
     member = partial(dense_cnn, hidden=128)
     normed_member = partial(dense_cnn, hidden=128, norm="batch")
@@ -157,7 +162,7 @@ def _on_images(
         plan,
         schedule,
         shares,
-        FedMoE(min_experts=K, theta_cap=theta_cap, kinship=1.0, seed=seed),
+        fedmoe,
         # Of 1, 1/2, 1/4 and 1/8 of the others' rate the best on *domains*, on validation data.
         lr_of={"scaffold": plan.lr / 2},
         others=OtherModels(
@@ -165,7 +170,6 @@ def _on_images(
             mixture=partial(mixture_of, member, 4, CLASSES, IMAGE, seed),
             extractors=partial(fashion_extractors, seed=seed),
             normed=partial(fashion_cnn, k=K, seed=seed, norm="batch"),
-            normed_2k=partial(fashion_cnn, k=2 * K, seed=seed, norm="batch"),
             normed_clusters=partial(clusters_of, normed_member, 4, CLASSES, IMAGE, seed),
         ),
     )

@@ -54,7 +54,6 @@ WITH_CLASSIFIER: Mapping[str, NameTest] = {
     "random": is_classifier,
     "fedmoe-int8": is_classifier,
     "fedmoe-norm": is_classifier_or_norm,
-    "fedmoe-norm-2k": is_classifier_or_norm,
 }
 CODED = ("fedmoe", "fedavg")  # what there is with a byte a number on the wire, too
 
@@ -75,7 +74,6 @@ class OtherModels:
     mixture: Factory | None = None  # FedMix: whole models under a gate of the client's own
     extractors: Factory | None = None  # pFedMoE: a private and a shared feature extractor
     normed: Factory | None = None  # FedBN: the protocol's own with normalisation layers
-    normed_2k: Factory | None = None  # that with twice as many experts per example
     normed_clusters: Factory | None = None  # those of IFCA with normalisation layers
 
 
@@ -152,9 +150,8 @@ def all_methods(
     for as many epochs as its body, so twice as long as the others. Methods with a model of their
     own are there if `others` has it. Of these `ifca`, `fedmix` and `pfedmoe` know no limit of
     memory, and `fedavg-norm` is what `fedbn` is to be compared with; `fedmoe-norm` is FedMoE on
-    that model, its normalisation on the client too, `fedmoe-norm-2k` the same with twice as many
-    experts per example, and `ifca-norm` is what they are to be compared with. `fedmoe-int8`
-    and `fedavg-int8` are `fedmoe` and `fedavg` with their messages coded.
+    that model, its normalisation on the client too, and `ifca-norm` what that is to be compared
+    with. `fedmoe-int8` and `fedavg-int8` are `fedmoe` and `fedavg` with their messages coded.
 
     Args:
         shares, lr_of, proximal: see `core_methods`.
@@ -215,10 +212,6 @@ def _of_other_models(
             replace(private, method="fedbn"),
             replace(private, method="fedmoe-norm", strategy=fedmoe),
         ]
-        if others.normed_2k is not None:
-            fewest = replace(fedmoe, min_experts=2 * fedmoe.min_experts)
-            denser = replace(private, factory=others.normed_2k, strategy=fewest)
-            runs.append(replace(denser, method="fedmoe-norm-2k"))
     dense = replace(plan, balance=0.0)
     whole = replace(base, clients=tuple(replace(c, memory_bytes=None) for c in base.clients))
     choosing = replace(whole, plan=replace(dense, method=BestMember()))

@@ -43,6 +43,7 @@ from fedmoe.federated.similar import (
     neighbours,
     similarity,
     smoothed,
+    smoothed_in_groups,
 )
 from fedmoe.federated.sums import Sums
 from fedmoe.population import ById, Population, by_id, first_of_each_budget
@@ -147,6 +148,8 @@ class FedMoE:
             of its own task if tasks are known, else by similarity (paper: same task, weights by
             data size). Default: it uses what it scouted.
         smooth_over: average p over this many most similar clients before choosing; 0: paper.
+        smooth_kin: average it over all of a client's group (`kinship`) where that is more. Else
+            clients of one kind may get different experts, and each of these learns from a few.
         sharpness: of the balanced demand; 0: choose by p alone, as the paper does.
         alpha: share of a client's memory that the first choice may fill; the rest is room for
             additions. Paper: 0 < alpha <= 1, value not given.
@@ -178,6 +181,7 @@ class FedMoE:
     centred: bool = True
     predict: bool = False
     smooth_over: int = 5
+    smooth_kin: bool = False
     sharpness: float = 2.0
     alpha: float = 1.0
     theta_cap: float = 1.0
@@ -217,6 +221,8 @@ class FedMoE:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.kinship <= 1:
             raise ValueError(f"kinship must be between 0 and 1, got {self.kinship}")
+        if self.smooth_kin and not self.kinship:
+            raise ValueError("kinship must be above 0 with smooth_kin, got 0: it makes the groups")
         if not -1 <= self.alike <= 1:
             raise ValueError(f"alike must be between -1 and 1, got {self.alike}")
         if not 0 <= self.theta_cap <= 1:
@@ -411,6 +417,8 @@ class FedMoE:
 
     def _chosen_for(self, state: FedMoEState, waiting: Sequence[int]) -> FedMoEState:
         known = self._known(state, waiting)
+        if self.kinship:
+            state = self._grouped(state, known)
         p_KLE = self._wanted(state, known)
         place = {k: i for i, k in enumerate(known)}
         sub_moes: dict[int, SubMoE] = {}
@@ -425,12 +433,11 @@ class FedMoE:
                 theta_cap=self.theta_cap,
             )
         changes = [Change(k, "choose", tuple(sorted(sub_moes[k]))) for k in waiting]
-        state = replace(
+        return replace(
             state,
             sub_moes=self._with_sub_moes(state, sub_moes),
             changes=(*state.changes, *changes),
         )
-        return self._grouped(state, known) if self.kinship else state
 
     def _with_sub_moes(
         self, state: FedMoEState, changes: Mapping[int, SubMoE]
@@ -459,8 +466,12 @@ class FedMoE:
         sim_KK = similarity(p_KLE, centred=self.centred)
         if self.predict:
             p_KLE = self._predicted(state, known, p_KLE, sim_KK)
+        alone_KLE = p_KLE
         if self.smooth_over:
-            p_KLE = smoothed(p_KLE, sim_KK, self.smooth_over)
+            p_KLE = smoothed(alone_KLE, sim_KK, self.smooth_over)
+        if self.smooth_kin:
+            group_K = torch.tensor([state.kin[k] for k in known])
+            p_KLE = smoothed_in_groups(alone_KLE, p_KLE, group_K, self.smooth_over)
         if self.sharpness and len(known) > 1:  # one client alone is like the mean client
             limits = [state.clients[k].memory_bytes for k in known]
             fits = {limit: experts_that_fit(state.model, limit) for limit in set(limits)}

@@ -71,6 +71,21 @@ def smoothed(p_KLE: Tensor, sim_KK: Tensor, count: int) -> Tensor:
     return out_KLE
 
 
+def smoothed_in_groups(
+    p_KLE: Tensor, otherwise_KLE: Tensor, group_K: Tensor, count: int
+) -> Tensor:
+    """The mean shares of each client's group, where it has more than `count` others in it (ours).
+
+    Where it has not, `otherwise_KLE`.
+    """
+    out_KLE = otherwise_KLE.clone()
+    for group in sorted(set(group_K.tolist())):
+        here_K = group_K == group
+        if int(here_K.sum()) - 1 > count:
+            out_KLE[here_K] = p_KLE[here_K].mean(0).to(out_KLE)
+    return out_KLE
+
+
 def alike_groups(sim_KK: Tensor, least: float) -> list[int]:
     """Groups of clients that are alike: agglomerative clustering with average linkage (ours).
 

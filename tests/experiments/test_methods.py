@@ -32,7 +32,6 @@ from fedmoe.nn.init import seeded
 from fedmoe.nn.vision import fashion_cnn
 from fedmoe.report.log import read_run
 from fedmoe.state import (
-    moe_layers,
     named_by_role,
     nothing,
     other_than,
@@ -49,16 +48,16 @@ from tests.tiny import CLASSES, IN, D, Tiny, federated_data, tiny
 
 
 class Normed(Tiny):
-    def __init__(self, k=1):
-        super().__init__(4, k)
+    def __init__(self):
+        super().__init__(4, 1)
         self.norm = nn.BatchNorm1d(D)
 
     def forward(self, x_NI):
         return self.head(self.norm(self.stem(x_NI)))
 
 
-def normed(k=1):
-    return seeded(partial(Normed, k), 0)
+def normed():
+    return seeded(Normed, 0)
 
 
 def stem():
@@ -76,7 +75,6 @@ OTHERS = OtherModels(
     mixture=partial(mixture_of, MEMBER, 3, CLASSES, (IN,)),
     extractors=partial(vowel_extractors, features=IN, num_features=D, num_classes=CLASSES),
     normed=normed,
-    normed_2k=partial(normed, 2),
     normed_clusters=partial(clusters_of, NORMED_MEMBER, 3, CLASSES, (IN,)),
 )
 
@@ -93,7 +91,7 @@ def tiny_methods(others=OTHERS, rounds=2, lr=0.1):
 
 ALL = tiny_methods()
 CODED_METHODS = {"fedmoe-int8", "fedavg-int8"}
-NORMED = {"fedavg-norm", "fedbn", "fedmoe-norm", "fedmoe-norm-2k", "ifca-norm"}
+NORMED = {"fedavg-norm", "fedbn", "fedmoe-norm", "ifca-norm"}
 OWN_MODEL = {*NORMED, "ifca", "fedmix", "pfedmoe"}
 
 
@@ -182,22 +180,9 @@ def test_fedmoe_with_a_normalisation_of_its_own_is_fedbn_with_fedmoes_strategy(d
     changed = definition_of(spec, plain["fedmoe-norm"]).differs_from(made)
     assert {name.split(".")[0] for name in changed} == {"strategy"}
     assert plain["fedmoe-norm"].strategy == plain["fedmoe"].strategy
-    for method in ("fedmoe-norm", "fedmoe-norm-2k"):
-        keeps = fashion._on_skewed(data, schedule)[method].plan.personal
-        assert keeps("stem.norm1.weight") and keeps("experts.0.1.down.weight")
-        assert not keeps("stem.conv1.weight") and not keeps("experts.0.1.up.weight")
-
-
-def test_more_experts_per_example_are_all_that_differs(data):
-    methods = fashion._on_images("p", data, LocalPlan(lr=0.1), Schedule(2, 1), (0.25,))
-    one, two = methods["fedmoe-norm"], methods["fedmoe-norm-2k"]
-    spec = Spec("p", "", 0, 2)
-    made = definition_of(spec, replace(one, method="fedmoe-norm-2k")).settings
-    changed = set(definition_of(spec, two).differs_from(made))
-    assert {name.split(".")[0] for name in changed} == {"factory", "strategy"}
-    assert two.strategy == replace(one.strategy, min_experts=2 * one.strategy.min_experts)
-    assert [moe_layers(e.factory())[0][1].gate.k for e in (one, two)] == [2, 4]
-    assert state_hash(split_state(one.factory())) == state_hash(split_state(two.factory()))
+    keeps = fashion._on_skewed(data, schedule)["fedmoe-norm"].plan.personal
+    assert keeps("stem.norm1.weight") and keeps("experts.0.1.down.weight")
+    assert not keeps("stem.conv1.weight") and not keeps("experts.0.1.up.weight")
 
 
 def test_clusters_with_normalisation_average_it_as_all_else():

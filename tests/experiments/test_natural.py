@@ -13,7 +13,7 @@ SHAPES = {
     "vowels": ((10,), torch.float32, 11),
     "shakespeare": ((16,), torch.uint8, 65),
 }
-NORMED = {"fedbn", "fedavg-norm", "fedmoe-norm", "fedmoe-norm-2k", "ifca-norm"}
+NORMED = {"fedbn", "fedavg-norm", "fedmoe-norm", "ifca-norm"}
 WITHOUT = {
     "motion": NORMED,
     "vowels": NORMED,

@@ -575,6 +575,7 @@ def test_more_experts_than_a_layer_has_are_refused_before_the_first_round():
         ({"sharpness": -1.0}, "sharpness must be 0 or more, got -1.0"),
         ({"min_delta": -0.1}, "min_delta must be 0 or more, got -0.1"),
         ({"kinship": 1.5}, "kinship must be between 0 and 1, got 1.5"),
+        ({"smooth_kin": True}, "kinship must be above 0 with smooth_kin, got 0"),
         ({"alike": -2.0}, "alike must be between -1 and 1, got -2.0"),
         ({"theta_cap": 1.1}, "theta_cap must be between 0 and 1, got 1.1"),
     ],
@@ -645,6 +646,21 @@ def test_without_kinship_there_are_no_groups():
     state = strategy.init(MODEL, [ClientInfo(k, bytes_for(2)) for k in range(4)])
     state = strategy.aggregate(state, [scouted(k, count) for k, count in TWO_KINDS.items()])
     assert not state.kin and not state.shared
+
+
+def test_clients_of_one_group_may_be_given_the_same_experts():
+    counts = [[6, 4, 0, 0], [4, 6, 0, 0], [6, 4, 0, 0]] + 3 * [[0, 0, 4, 6]]
+    chosen = {}
+    for smooth_kin in (False, True):
+        strategy = replace(KIN, smooth_kin=smooth_kin)
+        state = strategy.init(MODEL, [ClientInfo(k, bytes_for(1)) for k in range(6)])
+        state = strategy.aggregate(state, [scouted(k, count) for k, count in enumerate(counts)])
+        assert dict(state.kin) == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1}
+        chosen[smooth_kin] = [[e.expert for e in state.sub_moes[k]] for k in range(6)]
+    assert chosen == {
+        False: [[0], [1], [0], [3], [3], [3]],
+        True: [[0], [0], [0], [3], [3], [3]],
+    }
 
 
 def test_group_averages_do_not_depend_on_who_answers_first():

@@ -12,6 +12,7 @@ from fedmoe.federated.similar import (
     neighbours,
     similarity,
     smoothed,
+    smoothed_in_groups,
 )
 
 # Three clients, one layer of three experts. Dot products: 0-1 is 0.5*0.6 + 0.5*0.4 = 0.5,
@@ -116,6 +117,16 @@ def test_smoothing_leaves_a_client_without_neighbours_as_it_is():
     close(smoothed(p_KLE, similarity(p_KLE), 3), p_KLE)
     nobody_KLE = torch.zeros(2, 1, 2)
     close(smoothed(nobody_KLE, similarity(nobody_KLE), 3), nobody_KLE)
+
+
+def test_shares_of_a_group_larger_than_the_neighbourhood_are_its_mean():
+    otherwise_KLE = torch.full_like(P_KLE, 9.0)
+    group_K = torch.tensor([4, 4, 7])
+    mean = [[0.55, 0.45, 0.0]]
+    out_KLE = smoothed_in_groups(P_KLE, otherwise_KLE, group_K, 0)
+    close(out_KLE[:2], [mean, mean])
+    close(out_KLE[2], otherwise_KLE[2])  # a client alone has nobody
+    close(smoothed_in_groups(P_KLE, otherwise_KLE, group_K, 1), otherwise_KLE)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 8), st.integers(1, 3), st.integers(2, 6))
