@@ -56,7 +56,9 @@ def shared_experts(run: Run) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--protocol", default="domains")
     parser.add_argument("--ways", nargs="+")
     parser.add_argument("--rounds", type=int, default=20)

@@ -343,7 +343,9 @@ def compare(cases: Sequence[Case], workers: int, place: Path = RESULTS) -> list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
     parser.add_argument("--methods", nargs="+", default=list(MEASURE), choices=MEASURE)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

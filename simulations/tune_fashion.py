@@ -38,7 +38,9 @@ def validation_accuracy(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--protocol", default="domains")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--rates", nargs="+", type=float, required=True)
