@@ -92,6 +92,7 @@ STEPS = (
     Case("small MoE, 100 clients, B32", flat_moe, 100, 32, 10, 3),
     Case("dense CNN, B10", dense_cnn, 2, 10, 20, 5, floor=False),
     Case("MoE CNN, B10", fashion_cnn, 2, 10, 20, 5, floor=False),
+    Case("MoE CNN with norms, B10", partial(fashion_cnn, norm="batch"), 2, 10, 20, 5, floor=False),
 )
 
 

@@ -168,6 +168,9 @@ def train(
             settings,
         )
         weights.finish()
+        for norm in (s.norm for s in stages if isinstance(s, Convolution)):
+            if norm is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked += phase.epochs * -(-len(y_N) // settings.batch_size)
         if isinstance(adjust, Slope):
             adjust.total += used.slope
         tokens = phase.epochs * len(y_N)
@@ -263,6 +266,11 @@ class _Weights:
     def linear(self, m: nn.Linear) -> native.Linear:
         return native.Linear(self.of(m.weight), None if m.bias is None else self.of(m.bias))
 
+    def norm(self, m: nn.BatchNorm2d) -> native.Norm:
+        assert m.running_mean is not None and m.running_var is not None and m.momentum is not None
+        running = self._written(m.running_mean), self._written(m.running_var)
+        return native.Norm(self.of(m.weight), self.of(m.bias), *running, m.momentum, m.eps)
+
     def finish(self) -> None:
         for ours, value in self.copies:
             ours.copy_(value)
@@ -292,12 +300,17 @@ def _native(
                 yield _mixture(stage, weights)
             case Embedding(table, _):
                 yield native.Embedding(weights.of(table.weight))
-            case Convolution(conv, pool):
+            case Convolution(conv, pool, norm):
                 last = not isinstance(stages[i + 1], Convolution)
                 kernel = weights.of(conv.weight)
                 assert conv.bias is not None
                 yield native.Convolution(
-                    kernel, weights.of(conv.bias), (height, width), pool, last
+                    kernel,
+                    weights.of(conv.bias),
+                    (height, width),
+                    pool,
+                    last,
+                    None if norm is None else weights.norm(norm),
                 )
                 _, high, wide, _ = kernel.value.shape
                 height, width = (height - high + 1) // pool[0], (width - wide + 1) // pool[1]

@@ -12,6 +12,7 @@ Shape suffixes: N examples, E experts, L MoE layers, D width.
 """
 
 import ctypes
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -66,12 +67,24 @@ class Mixture(NamedTuple):
     residual: bool
 
 
+class Norm(NamedTuple):
+    """Batch normalisation, by the means and variances of each step's examples."""
+
+    weight: Weight  # (channels,)
+    bias: Weight
+    mean: Tensor  # running, as all that follow is for use after training; written
+    var: Tensor
+    momentum: float  # the share of a step's own in the running ones
+    eps: float
+
+
 class Convolution(NamedTuple):
     weight: Weight  # (out channels, kernel height, kernel width, in channels)
     bias: Weight
     size: tuple[int, int]  # of the pictures that come in
     pool: tuple[int, int]
     last: bool  # no convolution follows: what comes out is flat, channel by channel
+    norm: Norm | None = None  # before the pool
 
 
 class Embedding(NamedTuple):
@@ -330,9 +343,25 @@ class _Telling:
         cols = kh * kw * channels
         self.numbers.append(self._weight(c.weight, (out, cols), 1))
         self.numbers.append(self._weight(c.bias, (1, out), 2))
+        self.numbers.append(c.norm is not None)
+        if c.norm is not None:
+            self._norm(c.norm, out, (height - kh + 1) * (width - kw + 1))
         return (high, wide, out), high * wide * out
 
-    def _weight(self, w: Weight, shape: tuple[int, int], layout: int) -> int:
+    def _norm(self, n: Norm, channels: int, area: int) -> None:
+        if area < 2:
+            raise ValueError("a normalised picture must have more than one place, got 1")
+        shape = 1, channels
+        self.numbers += [self._weight(w, shape, 2) for w in (n.weight, n.bias)]
+        self.numbers += [
+            self._weight(Weight(t, moves=False), shape, 2, written=True) for t in (n.mean, n.var)
+        ]
+        self.numbers += [_bits(n.momentum), _bits(n.eps)]
+
+    def _weight(
+        self, w: Weight, shape: tuple[int, int], layout: int, written: bool = False
+    ) -> int:
+        """`written`: it has no gradient, and is brought back all the same."""
         for t in (w.value, w.received, w.shift, w.met and w.met.total):
             if t is None:
                 continue
@@ -342,8 +371,14 @@ class _Telling:
         if w.met is not None:
             _check_tensor("steps", w.met.steps, torch.int64)
         self.weights.append(w)
-        self.shapes += [*shape, w.moves, layout]
+        self.shapes += [*shape, w.moves, layout, written]
         return len(self.weights) - 1
+
+
+def _bits(number: float) -> int:
+    """A float64 as the whole number of the same bits."""
+    [whole] = struct.unpack("<q", struct.pack("<d", number))
+    return int(whole)
 
 
 SOURCE = r"""
@@ -526,7 +561,7 @@ struct Matrix {
   const float *received = nullptr, *their_shift = nullptr;
   int64_t* steps = nullptr;  // in which it had a gradient; wanted where `met` is
   int64_t rows = 0, cols = 0, chunk = 0, chunk_padded = 0;
-  bool moves = false, flipped = false, vector = false, touched = false;
+  bool moves = false, flipped = false, vector = false, touched = false, written = false;
   int64_t height = 0, width = 0;
   // Weight, gradient, momentum, what it is pulled to, its shift, and the gradients' sum.
   float *w = nullptr, *g = nullptr, *v = nullptr, *r = nullptr, *shift = nullptr, *met = nullptr;
@@ -622,9 +657,18 @@ struct Mixture {
   double *weight_sum, *score_sum;
 };
 
+// Batch normalisation of a convolution's output.
+struct Norm {
+  Matrix *weight = nullptr, *bias = nullptr, *mean = nullptr, *var = nullptr;
+  double momentum = 0, eps = 0;
+  float *by, *one, *other;  // by channel: one over a step's deviation, and two sums
+};
+
 // A convolution of whole pictures (channels last), the largest of each pool, and a ReLU.
 struct Conv {
   Matrix *weight = nullptr, *bias = nullptr;
+  bool normed = false;
+  Norm norm;
   int64_t height, width, channels;        // of the input; channels padded unless it is the first
   int64_t kh, kw, ph, pw;                 // of kernel and pool
   int64_t oh, ow, out;                    // after the convolution; channels padded
@@ -895,30 +939,110 @@ struct Client {
 
   void forward(Conv& c, const float* x, int64_t n) {
     int64_t row = c.width * c.channels, piece = c.kw * c.channels;
+    int64_t whole = c.normed ? c.oh * c.ow * c.out : 0;  // with a norm all pictures are kept
     for (int64_t b = 0; b < n; b++) {
       for (int64_t y = 0; y < c.oh; y++) {
-        float* to = c.full + y * c.ow * c.out;
+        float* to = c.full + b * whole + y * c.ow * c.out;
         for (int64_t j = 0; j < c.ow; j++)
           std::memcpy(to + j * c.out, c.bias->w, c.out * sizeof(float));
         product<ADD>(x + (b * c.height + y) * row, {c.channels, 1, c.kh, row, piece * c.out},
                      c.weight->w, c.out, to, c.out, c.ow, c.out, piece);
       }
-      pool(c, c.full, b);
+      if (!c.normed) pool<false>(c, c.full, b);
     }
+    if (!c.normed) return;
+    normalise(c, n);
+    for (int64_t b = 0; b < n; b++) pool<true>(c, c.full + b * whole, b);
+  }
+
+  // The sums over all places of `of(r, i, j)`, the channels from j on at place i of row r; row by
+  // row, so that rounding does not add up over all of them.
+  template <class Of>
+  static void add_places(float* total, int64_t rows, int64_t places, int64_t out, Of of) {
+    std::memset(total, 0, out * sizeof(float));
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t j = 0; j < out; j += LANES) {
+        Vec even = {}, odd = {};
+        for (int64_t i = 0; i + 1 < places; i += 2) {
+          even += of(r, i, j);
+          odd += of(r, i + 1, j);
+        }
+        if (places % 2) even += of(r, places - 1, j);
+        store(total + j, load(total + j) + (even + odd));
+      }
+  }
+
+  // What is kept is what has mean 0 and variance 1: weight and bias are put to it in the pool.
+  void normalise(Conv& c, int64_t n) {
+    Norm& m = c.norm;
+    int64_t rows = n * c.oh, count = rows * c.ow;
+    float *mean = m.one, *var = m.other, *full = c.full;
+    auto at = [&](int64_t r, int64_t i, int64_t j) { return full + (r * c.ow + i) * c.out + j; };
+    add_places(mean, rows, c.ow, c.out,
+               [&](int64_t r, int64_t i, int64_t j) { return load(at(r, i, j)); });
+    for (int64_t j = 0; j < c.out; j++) mean[j] /= float(count);
+    add_places(var, rows, c.ow, c.out, [&](int64_t r, int64_t i, int64_t j) {
+      Vec away = load(at(r, i, j)) - load(mean + j);
+      return away * away;
+    });
+    float share = float(m.momentum);
+    for (int64_t j = 0; j < c.out; j++) {
+      m.by[j] = 1 / std::sqrt(var[j] / float(count) + float(m.eps));
+      m.mean->w[j] += share * (mean[j] - m.mean->w[j]);
+      m.var->w[j] += share * (var[j] / float(count - 1) - m.var->w[j]);
+    }
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t j = 0; j < c.out; j += LANES) {
+        float* to = full + i * c.out + j;
+        store(to, (load(to) - load(mean + j)) * load(m.by + j));
+      }
+  }
+
+  // The gradient of what was normalised, in place, from that of what came of it.
+  void normalise_back(Conv& c, int64_t margin, int64_t wide, int64_t n) {
+    Norm& m = c.norm;
+    int64_t rows = n * c.oh;
+    float part = 1 / float(rows * c.ow), *of_bias = m.one, *of_weight = m.other;
+    auto grad = [&](int64_t r, int64_t i, int64_t j) {
+      return c.gfull + (r * wide + margin + i) * c.out + j;
+    };
+    auto kept = [&](int64_t r, int64_t i, int64_t j) {
+      return load(c.full + (r * c.ow + i) * c.out + j);
+    };
+    add_places(of_bias, rows, c.ow, c.out,
+               [&](int64_t r, int64_t i, int64_t j) { return load(grad(r, i, j)); });
+    add_places(of_weight, rows, c.ow, c.out, [&](int64_t r, int64_t i, int64_t j) {
+      return load(grad(r, i, j)) * kept(r, i, j);
+    });
+    for (int64_t j = 0; j < c.out; j++) m.by[j] *= m.weight->w[j];
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t i = 0; i < c.ow; i++)
+        for (int64_t j = 0; j < c.out; j += LANES) {
+          Vec all = load(of_bias + j) + kept(r, i, j) * load(of_weight + j);
+          store(grad(r, i, j), load(m.by + j) * (load(grad(r, i, j)) - part * all));
+        }
+    if (m.weight->moves) add_scaled(learned(m.weight), of_weight, pace(), c.out);
+    if (m.bias->moves) add_scaled(learned(m.bias), of_bias, pace(), c.out);
   }
 
   // The largest of each pool, the first of equals, NaN above all; and a ReLU.
+  template <bool NORMED>
   void pool(Conv& c, const float* full, int64_t b) {
+    const float *weight = NORMED ? c.norm.weight->w : nullptr;
+    const float *bias = NORMED ? c.norm.bias->w : nullptr;
+    auto value = [&](const float* from, int64_t j) {
+      return NORMED ? load(weight + j) * load(from) + load(bias + j) : load(from);
+    };
     for (int64_t y = 0; y < c.qh; y++)
       for (int64_t x = 0; x < c.qw; x++) {
         int64_t at = ((b * c.qh + y) * c.qw + x) * c.out;
         const float* from = full + (y * c.ph * c.ow + x * c.pw) * c.out;
         for (int64_t j = 0; j < c.out; j += LANES) {
-          Vec most = load(from + j);
+          Vec most = value(from + j, j);
           Ints best = {};
           for (int64_t v = 0; v < c.ph; v++)
             for (int64_t u = 0; u < c.pw; u++) {
-              Vec other = load(from + (v * c.ow + u) * c.out + j);
+              Vec other = value(from + (v * c.ow + u) * c.out + j, j);
               Ints better = (other > most) | (other != other);
               most = better ? other : most;
               best = better ? Ints{} + int32_t(v * c.pw + u) : best;
@@ -960,6 +1084,7 @@ struct Client {
                       best == int32_t(v * c.pw + u) ? g : Vec{});
           }
         }
+    if (c.normed) normalise_back(c, margin, wide, n);
     if (gx) {
       turn(c);
       for (int64_t b = 0; b < n; b++)
@@ -1150,6 +1275,7 @@ static void read(Client& c, Reader& in) {
     m.cols = in.next();
     m.moves = in.next();
     int64_t way = in.next();
+    m.written = in.next();
     m.flipped = way == 1;
     m.vector = way == 2;
     m.chunk = m.chunk_padded = m.cols;
@@ -1208,6 +1334,15 @@ static void read(Client& c, Reader& in) {
       v.out = padded(v.real);
       v.weight = maybe(c, in.next());
       v.bias = maybe(c, in.next());
+      v.normed = in.next();
+      if (v.normed) {
+        for (Matrix** m : {&v.norm.weight, &v.norm.bias, &v.norm.mean, &v.norm.var})
+          *m = maybe(c, in.next());
+        for (double* d : {&v.norm.momentum, &v.norm.eps}) {
+          int64_t bits = in.next();
+          std::memcpy(d, &bits, sizeof bits);
+        }
+      }
       v.weight->chunk = channels;
       v.weight->chunk_padded = v.channels;
       v.oh = v.height - v.kh + 1;
@@ -1226,7 +1361,9 @@ static void read(Client& c, Reader& in) {
     Stage& s = c.stages[i];
     auto moves = [](const Matrix* m) { return m && m->moves; };
     if (s.kind == DENSE) learns |= moves(s.dense.map.weight) || moves(s.dense.map.bias);
-    if (s.kind == CONV) learns |= moves(s.conv.weight) || moves(s.conv.bias);
+    if (s.kind == CONV)
+      learns |= moves(s.conv.weight) || moves(s.conv.bias) || moves(s.conv.norm.weight) ||
+                moves(s.conv.norm.bias);
     if (s.kind == EMBEDDING) learns |= moves(s.embed.table);
     if (s.kind == MIXTURE) {
       learns |= moves(s.mix.gate);
@@ -1274,7 +1411,9 @@ static void lay_out(Client& c, Arena& arena) {
     if (s.kind == CONV) {
       Conv& v = s.conv;
       int64_t pooled = n * v.qh * v.qw * v.out;
-      v.full = floats(v.oh * v.ow * v.out);
+      v.full = floats((v.normed ? n : 1) * v.oh * v.ow * v.out);
+      if (v.normed)
+        for (float** p : {&v.norm.by, &v.norm.one, &v.norm.other}) *p = floats(v.out);
       v.gfull = floats(n * v.oh * (v.ow + 2 * (v.kw - 1)) * v.out);
       v.best = ints(pooled);
       v.turned = floats(v.kh * v.kw * v.channels * v.out);
@@ -1346,7 +1485,7 @@ extern "C" int train(const int64_t* program, float* const* theirs, const float* 
   *slope = c.slope;
   *loss_sum += c.broken ? std::numeric_limits<double>::quiet_NaN() : total;
   for (const Matrix& m : c.params) {
-    if (m.moves) m.give_back(m.w, m.theirs);
+    if (m.moves || m.written) m.give_back(m.w, m.theirs);
     if (m.met) m.give_back(m.met, m.their_met);
   }
   return 0;

@@ -1,7 +1,7 @@
 """What a model computes, told as data, so that it may be trained by other means than torch's.
 
-A model is told as a sequence of stages: an embedding of codes, convolutions with their pools,
-linear maps with their activations, and MoE layers. Whoever trains by stages must give what
+A model is told as a sequence of stages: an embedding of codes, convolutions with their norms and
+pools, linear maps with their activations, and MoE layers. Whoever trains by stages must give what
 `model(x)` and its gradient do, so a model is told only if every part of it is known exactly.
 """
 
@@ -39,10 +39,11 @@ class Mixture(NamedTuple):
 
 
 class Convolution(NamedTuple):
-    """A convolution without padding, the largest of each pool, and a ReLU."""
+    """A convolution without padding, a normalisation or none, the largest of each pool, a ReLU."""
 
     conv: nn.Conv2d | nn.Conv1d
     pool: tuple[int, int]  # rows and columns; signals in time have one row
+    norm: nn.BatchNorm2d | None = None
 
 
 class Embedding(NamedTuple):
@@ -108,8 +109,13 @@ def stages_of(model: nn.Module) -> tuple[Stage, ...]:
     told = [id(p) for s in stages for p in parameters_of(s)]
     if len(told) != len(owned) or owned != set(told):
         raise UnknownPartError("every parameter must belong to one stage, and to one alone")
-    if any(True for name, _ in model.named_buffers() if name.split(".")[-1] not in OURS):
-        raise UnknownPartError("a model must have no buffers but those of MoE layers")
+    norms = [s.norm for s in stages if isinstance(s, Convolution) and s.norm is not None]
+    known = {id(b) for norm in norms for b in norm.buffers()}
+    if any(
+        name.split(".")[-1] not in OURS and id(b) not in known
+        for name, b in model.named_buffers()
+    ):
+        raise UnknownPartError("a model must have no buffers but those of MoE layers and norms")
     return tuple(stages)
 
 
@@ -145,8 +151,10 @@ def parameters_of(stage: Stage) -> list[Tensor]:
     match stage:
         case Dense(linear, _):
             found = [linear.weight, linear.bias]
-        case Convolution(conv, _):
+        case Convolution(conv, _, norm):
             found = [conv.weight, conv.bias]
+            if norm is not None:
+                found += [norm.weight, norm.bias]
         case Embedding(table, _):
             found = [table.weight]
         case Mixture():
@@ -189,19 +197,33 @@ def _parts(m: nn.Module) -> Iterator[Stage | nn.Flatten | nn.ReLU | nn.GELU]:
 
 
 def _convolutions(m: ConvStem | SignalStem) -> Iterator[Convolution]:
-    pool = (1, 4)
-    if isinstance(m, ConvStem):
-        pool = (2, 2)
-        if any(type(norm) is not nn.Identity for norm in (m.norm1, m.norm2)):
-            raise UnknownPartError("a normalisation is not known")
+    pool = (2, 2) if isinstance(m, ConvStem) else (1, 4)
+    norms = [m.norm1, m.norm2] if isinstance(m, ConvStem) else [nn.Identity(), nn.Identity()]
     convs: list[nn.Conv2d | nn.Conv1d] = [m.conv1, m.conv2]
-    for conv in convs:
+    for conv, norm in zip(convs, norms, strict=True):
         plain = type(conv) in (nn.Conv1d, nn.Conv2d) and not is_hooked(conv)
         if not plain or conv.bias is None or conv.groups != 1 or conv.padding_mode != "zeros":
             raise UnknownPartError("a convolution must be plain, with a bias")
         if any(s != 1 for s in (*conv.stride, *conv.dilation)) or conv.padding not in NO_PADDING:
             raise UnknownPartError("a convolution must have stride 1 and no padding")
-        yield Convolution(conv, pool)
+        yield Convolution(conv, pool, _norm(norm, conv.out_channels))
+
+
+def _norm(m: nn.Module, channels: int) -> nn.BatchNorm2d | None:
+    """None where the module passes on what it is given."""
+    if is_hooked(m):
+        raise UnknownPartError(f"{type(m).__name__} has a hook")
+    if type(m) is nn.Identity:
+        return None
+    if not isinstance(m, nn.BatchNorm2d) or type(m) is not nn.BatchNorm2d:
+        raise UnknownPartError(f"the normalisation {type(m).__name__} is not known")
+    if not m.affine or not m.track_running_stats or m.momentum is None:
+        raise UnknownPartError(
+            "a normalisation must have a weight, and running statistics with a momentum"
+        )
+    if m.num_features != channels:
+        raise UnknownPartError(f"a normalisation must be of {channels} channels")
+    return m
 
 
 def _embedding(table: nn.Embedding, width: int) -> Embedding:

@@ -14,6 +14,7 @@ from fedmoe.native.client import (
     Linear,
     Met,
     Mixture,
+    Norm,
     Settings,
     Weight,
     train,
@@ -143,6 +144,29 @@ def test_a_convolution_and_its_pool_worked_by_hand():
     assert head.weight.value[:, 0].tolist() == pytest.approx([1 - 8 * p, 8 * p], rel=1e-6)
 
 
+@pytest.mark.parametrize("clip", [None, 100.0])
+def test_a_normalised_convolution_worked_by_hand(clip):
+    """A kernel that passes on the left of two pixels; what is normalised is -1, 0 and 1."""
+    kernel, bias = Weight(torch.tensor([1.0, 0.0]).view(1, 1, 2, 1)), Weight(torch.zeros(1))
+    mean, var = torch.tensor([4.0]), torch.tensor([4.0])
+    norm = Norm(Weight(torch.ones(1)), Weight(torch.zeros(1)), mean, var, 0.25, 0.0)
+    head = Linear(weight([0.0, 0.0, 0.0], [0.0, 0.0, 1.0], moves=False), None)
+    stages = [Convolution(kernel, bias, (1, 4), (1, 1), True, norm), Dense(head, None)]
+    x = torch.tensor([-1.0, 0.0, 1.0, 5.0]).view(1, 1, 4, 1)
+    used = train(stages, x, labels(0), order(1), 2, 0, ONE._replace(clip=clip))
+    logit = math.sqrt(1.5)  # 1 over a deviation of sqrt(2 / 3)
+    p = 1 / (1 + math.exp(-logit))
+    assert used.loss == pytest.approx(math.log(1 + math.exp(logit)), rel=1e-6)
+    assert norm.weight.value.item() == pytest.approx(1 - logit * p, abs=1e-6)
+    assert norm.bias.value.item() == pytest.approx(-p, abs=1e-6)
+    # The gradient of the convolution's output is logit * p times 1/6, -1/3 and 1/6.
+    close = pytest.approx([1.0, -logit * p / 2], rel=1e-6, abs=1e-6)
+    assert kernel.value.flatten().tolist() == close
+    assert bias.value.item() == pytest.approx(0, abs=1e-6)
+    assert mean.item() == pytest.approx(3.0, rel=1e-6)
+    assert var.item() == pytest.approx(0.75 * 4 + 0.25 * 1, rel=1e-6)  # 2 / 2, of 3 numbers
+
+
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_rows_of_an_embedding_learn_what_all_their_places_say_worked_by_hand(clip):
     """Code 2 comes twice in the first example and once in the second, code 1 never."""
@@ -174,6 +198,13 @@ def test_momentum_and_decay_move_rows_that_no_code_met_worked_by_hand():
 X, Y = torch.ones(3, 3), labels(0, 1, 0)
 CODED = [Embedding(weight([1.0], [2.0])), Dense(linear(2, 3), None)]
 MAP = linear(2, 3)
+KERNEL, UNIT = Weight(torch.ones(1, 1, 1, 1)), Weight(torch.ones(1))
+
+
+def normed(channels):
+    of = [torch.ones(channels) for _ in range(4)]
+    return Norm(Weight(of[0]), Weight(of[1]), of[2], of[3], 0.1, 1e-5)
+
 
 
 @pytest.mark.parametrize(
@@ -201,6 +232,10 @@ MAP = linear(2, 3)
         ([Dense(linear(3, 3), None),
           Convolution(Weight(torch.ones(1, 1, 1, 1)), Weight(torch.ones(1)), (1, 3), (1, 1), True)],
          X, Y, order(3), "before all else"),
+        ([Convolution(KERNEL, UNIT, (1, 3), (1, 3), True, normed(3))],
+         X.view(3, 1, 3, 1), Y, order(3), "a parameter must be"),
+        ([Convolution(KERNEL, UNIT, (1, 1), (1, 1), True, normed(1))],
+         X[:, :1].reshape(3, 1, 1, 1).contiguous(), Y, order(3), "more than one place"),
         (CODED, X, Y, order(3), "x must be contiguous torch.int32"),
         (CODED, 2 * X.int(), Y, order(3), "codes must be from 0 to 1, got 2 to 2"),
         (CODED, -X.int(), Y, order(3), "codes must be from 0 to 1, got -1 to -1"),

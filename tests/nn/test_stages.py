@@ -22,7 +22,7 @@ from fedmoe.nn.stages import (
 )
 from fedmoe.nn.tabular import vowel_mlp
 from fedmoe.nn.text import CharacterStem, character_model
-from fedmoe.nn.vision import Residual, dense_cnn, fashion_cnn, flat_moe, small_vit
+from fedmoe.nn.vision import ConvStem, Residual, dense_cnn, fashion_cnn, flat_moe, small_vit
 
 
 def told(model):
@@ -41,12 +41,13 @@ def moe(expert=FFN, gate=TopKGate):
         (vowel_mlp, "dm"),
         (dense_cnn, "ccdd"),
         (fashion_cnn, "ccm"),
+        (lambda: fashion_cnn(norm="batch"), "ccm"),
         (motion_cnn, "ccm"),
         (character_model, "edm"),
         (lambda: dense_classifier(nn.Flatten, 12, 5, 3), "dd"),
         (lambda: nn.Sequential(Residual(moe()), nn.Sequential(moe(), nn.Linear(4, 2))), "mmd"),
     ],
-    ids=["flat", "vowel", "dense cnn", "cnn", "motion", "characters", "dense", "nested"],
+    ids=["flat", "vowel", "dense cnn", "cnn", "norms", "motion", "characters", "dense", "nested"],
 )
 def test_stages_are_told_in_order_with_every_parameter_once(make, stages):
     model = make()
@@ -87,6 +88,12 @@ def reading(**options):
     return stem
 
 
+def normed(norm):
+    stem = ConvStem((4, 8), norm="batch")
+    stem.norm2 = norm
+    return stem
+
+
 def with_buffer():
     model = nn.Sequential(nn.Linear(3, 2))
     model.register_buffer("scale", torch.ones(1))
@@ -104,7 +111,12 @@ def with_buffer():
         (lambda: reading(sparse=True), "must be dense"),
         (lambda: reading(scale_grad_by_freq=True), "must be dense, and as it is"),
         (lambda: reading(embedding_dim=4), "whole rows"),
-        (lambda: fashion_cnn(norm="batch"), "normalisation"),
+        (lambda: normed(nn.GroupNorm(2, 8)), "normalisation GroupNorm is not known"),
+        (lambda: normed(nn.BatchNorm2d(8, affine=False)), "must have a weight"),
+        (lambda: normed(nn.BatchNorm2d(8, track_running_stats=False)), "running statistics"),
+        (lambda: normed(nn.BatchNorm2d(8, momentum=None)), "with a momentum"),
+        (lambda: normed(nn.BatchNorm2d(4)), "of 8 channels"),
+        (lambda: normed(hooked()[0]), "Linear has a hook"),
         (lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()), "Tanh is not known"),
         (lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout()), "Dropout is not known"),
         (lambda: nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), "ReLU must follow a linear map"),
