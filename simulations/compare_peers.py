@@ -9,7 +9,8 @@ number of rounds and learning rate. Runs live in runs/peers; what is done is not
 sides have the same CNN with the same parameters at the start, the same training and test images,
 plain SGD, and averages weighted by examples. fluke runs twice: once it shuffles by itself, and once
 it is given the batches that our clients draw. The first is fluke as it comes, and agrees as far as
-the order of examples lets it; the second tells whether both sides compute the same thing.
+the order of examples lets it; the second tells whether both sides compute the same thing. Ours runs
+twice too, the second time with other batches, to tell how far their order alone moves a result.
 """
 
 import argparse
@@ -62,6 +63,7 @@ MEASURE = {"fedavg": "received", "fedper": "trained", "ditto": "trained"}
 BATCH_SIZE, EPOCHS = 10, 1
 PULL, PERSONAL_EPOCHS = 1.0, 1  # of Ditto's personal model
 ORDERS = ("own", "given")  # of fluke's batches
+SIDES = {"ours", "ours_again", *(f"theirs_{order}" for order in ORDERS)}
 
 # Ours -> the names in fluke's MNIST_CNN, by how they begin; the values are laid out alike.
 FLUKE_NAMES = {"stem.": "_encoder.", "head.up.": "_head.fc1.", "head.down.": "_head.fc2."}
@@ -79,8 +81,9 @@ def dense(
     partition: Literal["dirichlet", "pathological"] = "dirichlet",
     share: float = 0.2,
     lr: float = 0.02,
+    order: int = 0,
 ) -> Mapping[str, Experiment]:
-    """Our side: methods on a model without experts."""
+    """Our side: methods on a model without experts. `order` is that of the clients' batches."""
     data = published(seed, partition=partition, share=share)
     plan = LocalPlan((Phase(epochs=EPOCHS),), lr=lr, batch_size=BATCH_SIZE)
     plans = {
@@ -89,7 +92,9 @@ def dense(
         "ditto": replace(plan, method=Ditto(pull=PULL, epochs=PERSONAL_EPOCHS)),
     }
     make = partial(dense_cnn, seed=seed)
-    strategy, schedule = FedAvg(weigh=by_examples), Schedule(rounds, seed)
+    # Of the schedule's seed only the batches are drawn: start and data have their own.
+    drawn = np.random.SeedSequence([seed, order]).generate_state(1)[0] if order else seed
+    strategy, schedule = FedAvg(weigh=by_examples), Schedule(rounds, int(drawn))
     return {
         method: Experiment(data.name, method, make, strategy, own, data, data.clients, schedule)
         for method, own in plans.items()
@@ -98,12 +103,18 @@ def dense(
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What makes a row: our run, and fluke's two, in one folder."""
+    """What makes a row: our run, and fluke's two, in one folder; beside it ours again."""
 
     protocol: str
     experiment: Experiment
     spec: Spec  # of our run
     folder: Path
+    again: Spec  # of ours with other batches
+
+    @property
+    def ours(self) -> list[tuple[Spec, Path]]:
+        """Our two runs and their folders."""
+        return [(self.spec, self.folder), (self.again, self.folder / "again")]
 
     @property
     def clients(self) -> Path:
@@ -150,7 +161,8 @@ def cases_of(
             spec = Spec("simulations.compare_peers:dense", method, seed, rounds, arguments)
             settings = definition_of(spec, experiments[method]).hash
             folder = folder_of(root / protocol, spec) / settings
-            cases.append(Case(protocol, experiments[method], spec, folder))
+            again = replace(spec, arguments={**arguments, "order": 1})
+            cases.append(Case(protocol, experiments[method], spec, folder, again))
     return cases
 
 
@@ -216,25 +228,18 @@ def read_result(case: Case, order: str) -> Mapping[str, Any] | None:
 
 
 def row_of(case: Case) -> Row | None:
-    """The case as a row; None while one of its three runs is missing.
+    """The case as a row; None while one of its four runs is missing.
 
     Raises:
-        ValueError: our run lost a client's work.
+        ValueError: a run of ours lost a client's work.
     """
     results = {order: read_result(case, order) for order in ORDERS}
-    if not is_finished(case.folder) or None in results.values():
+    if None in results.values() or not all(is_finished(folder) for _, folder in case.ours):
         return None
-    run = read_run(case.folder)
-    if lost := [f for r in run.rounds for f in (*r.failed, *r.refused)]:
-        raise ValueError(
-            f"{case.folder}: every client must have trained in every round, and client "
-            f"{lost[0].client} has not: {lost[0].reason}"
-        )
     measure = MEASURE[case.spec.method]
-    # The closing evaluation has the model after all rounds, and trains it once more.
-    last = evaluations(run)[-1 if measure == "received" else -2]
-    # To five decimals, as fluke has it.
-    by_client = {"ours": [round(getattr(last, measure)[c.id], 5) for c in run.info.clients]}
+    run = read_run(case.folder)
+    ours = [_by_client(folder, measure) for _, folder in case.ours]
+    by_client = dict(zip(("ours", "ours_again"), ours, strict=True))
     by_client |= {f"theirs_{order}": r[measure][-1] for order, r in results.items() if r}
     return {
         "protocol": case.protocol,
@@ -248,9 +253,23 @@ def row_of(case: Case) -> Row | None:
     }
 
 
+def _by_client(folder: Path, measure: str) -> list[float]:
+    """Of a run of ours what is compared, to five decimals, as fluke has it."""
+    run = read_run(folder)
+    if lost := [f for r in run.rounds for f in (*r.failed, *r.refused)]:
+        raise ValueError(
+            f"{folder}: every client must have trained in every round, and client "
+            f"{lost[0].client} has not: {lost[0].reason}"
+        )
+    # The closing evaluation has the model after all rounds, and trains it once more.
+    last = evaluations(run)[-1 if measure == "received" else -2]
+    return [round(getattr(last, measure)[c.id], 5) for c in run.info.clients]
+
+
 def write_results(cases: Iterable[Case], place: Path = RESULTS) -> None:
     """peers.json and peers.md: what the file had, and these cases as far as they are done."""
-    rows = {_key(row): row for row in read_rows(place / "peers.json")}
+    read = read_rows(place / "peers.json")
+    rows = {_key(row): row for row in read if set(row["by_client"]) >= SIDES}
     rows |= {_key(row): row for case in cases if (row := row_of(case)) is not None}
     ordered = [rows[key] for key in sorted(rows)]
     write_rows(place / "peers.json", ordered)
@@ -275,13 +294,15 @@ linear layer private. Ditto's lambda is {PULL:g}; its personal model trains {PER
 a round, after the global one and towards that as it was received. For it ours takes the same
 batches again, and fluke shuffles anew.
 
+*Ours again* is ours with other batches, so its points are what the order of examples does alone.
 fluke's *own order* is fluke as it comes, which shuffles by itself; with *our order* it is given the
-batches that our clients draw. Points are ours less theirs; ± is the standard deviation over seeds,
-*furthest* the largest difference of one client with our order."""
+batches that our clients draw. Points are ours less the column before; ± is the standard deviation
+over seeds, *furthest* the largest difference of one client with our order."""
 
 HEADER = (
-    "| method | seed | ours | own order | points | our order | points | furthest |",
-    "|---|---|---:|---:|---:|---:|---:|---:|",
+    "| method | seed | ours | ours again | points | own order | points | our order | points "
+    "| furthest |",
+    "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
 
 
@@ -303,8 +324,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _line(method: str, seed: str, rows: Sequence[Row]) -> str:
     cells = [method, seed, _percent([row["ours"] for row in rows])]
-    for order in ORDERS:
-        side = f"theirs_{order}"
+    for side in ("ours_again", *(f"theirs_{order}" for order in ORDERS)):
         points = [row["ours"] - row[side] for row in rows]
         cells += [_percent([row[side] for row in rows]), _percent(points, sign="+")]
     furthest = max(
@@ -324,9 +344,9 @@ def _percent(values: Sequence[float], sign: str = "") -> str:
 
 def compare(cases: Sequence[Case], workers: int, place: Path = RESULTS) -> list[str]:
     """Run what is not done, and write the results as they come; returns what failed."""
-    ours = run_study([(case.spec, case.folder) for case in cases], workers, every_s=5.0)
+    ours = run_study([run for case in cases for run in case.ours], workers, every_s=5.0)
     failed = [f"{p.folder}: {p.error}" for p in ours if p.error]
-    ready = [case for case in cases if is_finished(case.folder)]
+    ready = [case for case in cases if all(is_finished(folder) for _, folder in case.ours)]
     for case in ready:
         if not case.clients.exists():
             write_clients(case.experiment, case.clients)

@@ -29,6 +29,7 @@ from simulations.compare_peers import (
     batch_order,
     cases_of,
     compare,
+    dense,
     fluke_name,
     row_of,
     run_peer,
@@ -59,7 +60,8 @@ def experiment(method: str = "fedavg") -> Experiment:
 
 def case(folder, method: str = "fedavg") -> Case:
     spec = Spec("nowhere:dense", method, SEED, ROUNDS)
-    return Case("small", experiment(method), spec, folder / method)
+    again = replace(spec, arguments={"order": 1})
+    return Case("small", experiment(method), spec, folder / method, again)
 
 
 class Published(nn.Module):
@@ -150,16 +152,22 @@ def test_flukes_rounds_count_from_one_and_its_end_is_what_clients_receive_last()
     assert told.received == [[0.1], [0.3], [0.5]] and told.trained == [[0.2], [0.4]]
 
 
-def finish(case: Case, failed: tuple[ClientFailure, ...] = ()) -> None:
-    """Our run's log: both clients at 50 % and 70 % as received, 80 % and 90 % after training."""
+def finish(case: Case, failed: tuple[ClientFailure, ...] = (), again: float = 0.0) -> None:
+    """Our runs' logs: both clients at 50 % and 70 % as received, 80 % and 90 % after training; by
+    so much more in the one with other batches."""
+    for (spec, folder), more in zip(case.ours, (0.0, again), strict=True):
+        write_log(spec, folder, failed, more)
+
+
+def write_log(spec: Spec, folder, failed: tuple[ClientFailure, ...], more: float) -> None:
     clients = tuple(ClientEntry(c, None, None, 7, 2, 3) for c in range(2))
-    settings = ("small", case.spec.method, case.spec.seed, ROUNDS, (), 10, "abcd")
+    settings = ("small", spec.method, spec.seed, ROUNDS, (), 10, "abcd")
     info = RunInfo(*settings, {"torch": "2"}, {}, 1, 4, clients)
-    case.spec.write(case.folder)
-    log = RunLog.create(case.folder, info)
+    spec.write(folder)
+    log = RunLog.create(folder, info)
     for round in range(ROUNDS + 1):
         final = round == ROUNDS
-        late = 0.1 * final  # the closing evaluation trains once more
+        late = 0.1 * final + more  # the closing evaluation trains once more
         accuracy = {
             0: ClientAccuracy(0.0, 0.4 + late, 0.0, 0.8 + late),
             1: ClientAccuracy(0.0, 0.6 + late, 0.0, 0.9 + late),
@@ -189,17 +197,21 @@ def answer(case: Case, order: str, **changes: object) -> None:
     case.result(order).write_text(json.dumps(result | changes))
 
 
-def test_a_row_waits_for_all_three_runs_and_compares_what_its_method_is_judged_by(tmp_path):
+def test_a_row_waits_for_all_four_runs_and_compares_what_its_method_is_judged_by(tmp_path):
     fedavg, ditto = case(tmp_path), case(tmp_path, "ditto")
     for one in (fedavg, ditto):
         assert row_of(one) is None
-        finish(one)
+        finish(one, again=-0.02)
         answer(one, "own")
         assert row_of(one) is None
         answer(one, "given")
+        (hidden := one.ours[1][1]).rename(one.folder / "hidden")
+        assert row_of(one) is None
+        (one.folder / "hidden").rename(hidden)
     row = row_of(fedavg)
     assert (row["measure"], row["partition_hash"]) == ("received", "abcd")
     assert row["ours"] == pytest.approx(0.6)  # (0.5 + 0.7) / 2, after the last round
+    assert row["ours_again"] == pytest.approx(0.58)
     assert row["theirs_own"] == pytest.approx(0.575) and row["theirs_given"] == pytest.approx(0.6)
     row = row_of(ditto)
     assert row["ours"] == pytest.approx(0.85)  # (0.8 + 0.9) / 2, in the last round
@@ -207,8 +219,8 @@ def test_a_row_waits_for_all_three_runs_and_compares_what_its_method_is_judged_b
 
     write_results([fedavg, ditto], tmp_path)
     text = (tmp_path / "peers.md").read_text()
-    assert "| fedavg | 3 | 60.00 | 57.50 | +2.50 | 60.00 | +0.00 | 0.00 |" in text
-    assert "| ditto | 3 | 85.00 | 87.50 | -2.50 | 87.50 | -2.50 | 5.00 |" in text
+    assert "| fedavg | 3 | 60.00 | 58.00 | +2.00 | 57.50 | +2.50 | 60.00 | +0.00 | 0.00 |" in text
+    assert "| ditto | 3 | 85.00 | 83.00 | +2.00 | 87.50 | -2.50 | 87.50 | -2.50 | 5.00 |" in text
     assert "Theirs: fluke-fl 0.8.1." in text
 
 
@@ -225,9 +237,34 @@ def test_results_keep_rows_of_earlier_calls_and_average_over_seeds(tmp_path):
     write_results([second], tmp_path)
     assert [row["seed"] for row in read_rows(tmp_path / "peers.json")] == [3, 4]
     # Points +2.5 and -10: mean -3.75, standard deviation 12.5 / sqrt(2).
-    assert "| mean of 2 | 60.00 ± 0.00 | 63.75 ± 8.84 | -3.75 ± 8.84 |" in (
-        tmp_path / "peers.md"
-    ).read_text()
+    text = (tmp_path / "peers.md").read_text()
+    assert "| mean of 2 | 60.00 ± 0.00 | 60.00 ± 0.00 | +0.00 ± 0.00 | 63.75 ± 8.84 | -3.75" in text
+
+
+def test_rows_without_all_that_is_compared_now_are_left_out(tmp_path):
+    first = case(tmp_path)
+    finish(first)
+    for order in ORDERS:
+        answer(first, order)
+    write_results([first], tmp_path)
+    path = tmp_path / "peers.json"
+    [row] = json.loads(path.read_text())
+    del row["ours_again"], row["by_client"]["ours_again"]
+    path.write_text(json.dumps([row]))
+    write_results([], tmp_path)
+    assert read_rows(path) == []
+
+
+def test_another_order_has_the_same_start_and_clients_and_other_batches(fashion_mnist):
+    first, second = (
+        dense(3, 2, partition="pathological", share=0.02, order=order)["fedper"]
+        for order in (0, 1)
+    )
+    a, b = first.factory().state_dict(), second.factory().state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert first.data.partition_hash == second.data.partition_hash
+    drawn = [batch_order(9, 2, e.schedule.seed, 0) for e in (first, second)]
+    assert first.schedule.seed == 3 and not np.array_equal(*drawn)
 
 
 def test_a_result_of_another_job_does_not_count(tmp_path):
