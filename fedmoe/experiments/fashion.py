@@ -32,6 +32,7 @@ IMAGE = (1, 28, 28)
 CLASSES = 10
 DEVICES = (0.25, 0.5, 0.75, 1.0)  # shares of the experts that devices hold
 K = 2  # experts per token, and so the fewest per layer that a client can do with
+HELD = 4  # of the 16 experts, by the smallest device
 
 
 def domains(
@@ -170,6 +171,7 @@ def _on_images(
         # Of 1, 1/2, 1/4 and 1/8 of the others' rate the best on *domains*, on validation data.
         lr_of={"scaffold": plan.lr / 2},
         others=OtherModels(
+            summed=partial(fashion_cnn, k=HELD, seed=seed, gate_mass="sum"),
             clusters=partial(clusters_of, member, 4, CLASSES, IMAGE, seed),
             mixture=partial(mixture_of, member, 4, CLASSES, IMAGE, seed),
             extractors=partial(fashion_extractors, seed=seed),

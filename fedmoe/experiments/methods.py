@@ -38,7 +38,7 @@ from fedmoe.federated.rounds import Schedule
 from fedmoe.nn.gates.ranking import RankingGate
 from fedmoe.nn.init import seeded
 from fedmoe.nn.members import ChosenGate, Members, of_gate
-from fedmoe.state import NameTest, everything, split_state
+from fedmoe.state import NameTest, everything, moe_layers, split_state
 from fedmoe.types import Strategy
 from fedmoe.wire.codecs import Int8
 from fedmoe.wire.packing import Codecs
@@ -53,6 +53,7 @@ WITH_CLASSIFIER: Mapping[str, NameTest] = {
     "fedmoe": is_classifier,
     "random": is_classifier,
     "fedmoe-int8": is_classifier,
+    "fedmoe-sum": is_classifier,
     "fedmoe-norm": is_classifier_or_norm,
 }
 CODED = ("fedmoe", "fedavg")  # what there is with a byte a number on the wire, too
@@ -70,6 +71,7 @@ class OtherModels:
     A method whose model is None is left out: the protocol has no such model.
     """
 
+    summed: Factory | None = None  # the protocol's own with more experts a token, added up
     clusters: Factory | None = None  # IFCA: whole models, one of which a client chooses
     mixture: Factory | None = None  # FedMix: whole models under a gate of the client's own
     extractors: Factory | None = None  # pFedMoE: a private and a shared feature extractor
@@ -151,7 +153,10 @@ def all_methods(
     own are there if `others` has it. Of these `ifca`, `fedmix` and `pfedmoe` know no limit of
     memory, and `fedavg-norm` is what `fedbn` is to be compared with; `fedmoe-norm` is FedMoE on
     that model, its normalisation on the client too, and `ifca-norm` what that is to be compared
-    with. `fedmoe-int8` and `fedavg-int8` are `fedmoe` and `fedavg` with their messages coded.
+    with. `fedmoe-sum` is FedMoE on a model that uses as many experts for a token as the smallest
+    device holds, and adds their outputs up in place of averaging them; `fedavg-sum` is what it is
+    to be compared with. `fedmoe-int8` and `fedavg-int8` are `fedmoe` and `fedavg` with their
+    messages coded.
 
     Args:
         shares, lr_of, proximal: see `core_methods`.
@@ -203,6 +208,11 @@ def _of_other_models(
 
     plan = base.plan
     runs: list[Experiment] = []
+    if others.summed is not None:
+        summed = replace(base, method="fedavg-sum", factory=others.summed)
+        k = max(int(getattr(moe.gate, "k", 1)) for _, moe in moe_layers(others.summed()))
+        at_least = replace(fedmoe, min_experts=max(k, fedmoe.min_experts))
+        runs += [summed, replace(summed, method="fedmoe-sum", strategy=at_least)]
     if others.normed is not None:
         clients = with_budgets(base.data, split_state(others.normed()), shares)
         normed = replace(base, method="fedavg-norm", factory=others.normed, clients=clients)

@@ -28,6 +28,7 @@ from fedmoe.nn.text import CharacterStem, character_model
 
 K = 2  # experts per token, and so the fewest per layer that a client can do with
 SHARES = (0.25,)
+HELD = 4  # of the 16 experts, by every device
 NUM_MODELS = 4  # of IFCA and FedMix; together as large as the model of experts
 
 
@@ -45,6 +46,7 @@ def motion(seed: int = 0, rounds: int = 20, *, lr: float = 0.2) -> Methods:
         SHARES,
         FedMoE(min_experts=K, kinship=1.0, seed=seed),
         others=OtherModels(
+            summed=partial(motion_cnn, k=HELD, seed=seed, gate_mass="sum"),
             clusters=partial(clusters_of, member, NUM_MODELS, data.num_classes, shape, seed),
             mixture=partial(mixture_of, member, NUM_MODELS, data.num_classes, shape, seed),
             extractors=partial(motion_extractors, seed=seed),
@@ -70,6 +72,7 @@ def vowels(seed: int = 0, rounds: int = 20, *, lr: float = 0.6) -> Methods:
         SHARES,
         FedMoE(min_experts=K, kinship=1.0, seed=seed),
         others=OtherModels(
+            summed=partial(vowel_mlp, k=HELD, seed=seed, gate_mass="sum"),
             clusters=partial(clusters_of, member, NUM_MODELS, data.num_classes, shape, seed),
             mixture=partial(mixture_of, member, NUM_MODELS, data.num_classes, shape, seed),
             extractors=partial(vowel_extractors, seed=seed),
@@ -99,6 +102,7 @@ def shakespeare(seed: int = 0, rounds: int = 20, *, lr: float = 0.6) -> Methods:
         SHARES,
         FedMoE(min_experts=K, sharpness=0.0, seed=seed),
         others=OtherModels(
+            summed=partial(character_model, k=HELD, seed=seed, gate_mass="sum"),
             clusters=partial(clusters_of, member, NUM_MODELS, data.num_classes, shape, seed)
         ),
     )

@@ -65,6 +65,7 @@ class Mixture(NamedTuple):
     k: int
     full: bool  # weights are scores; else the scores of the k chosen, over their sum
     residual: bool
+    scale: float = 1.0  # of weights that are not scores
 
 
 class Norm(NamedTuple):
@@ -318,7 +319,7 @@ class _Telling:
             raise ValueError(f"held experts must be among the {num} known, got {[*m.experts]}")
         if m.residual and out != width:
             raise ValueError(f"a residual must keep width {width}, got {out}")
-        self.numbers += [1, width, out, hidden, num, m.k, m.full, m.residual]
+        self.numbers += [1, width, out, hidden, num, m.k, m.full, m.residual, _bits(m.scale)]
         self.numbers.append(self._weight(m.gate, (num, width), 0))
         self.numbers += [int(known) for known in m.known_E]
         self.numbers.append(len(m.experts))
@@ -644,6 +645,7 @@ struct Expert {
 struct Mixture {
   int64_t experts = 0, k = 1;
   bool full = false, residual = false;
+  double scale = 1;
   Matrix* gate = nullptr;
   std::vector<uint8_t> known, held;
   std::vector<int> slot;  // of an expert's number among the held
@@ -808,7 +810,7 @@ struct Client {
         float total = 0;
         for (int64_t i = 0; i < m.k; i++)
           total += weight[i] = std::exp(logit[chosen[i]] - logit[chosen[0]]);
-        for (int64_t i = 0; i < m.k; i++) weight[i] /= total;
+        for (int64_t i = 0; i < m.k; i++) weight[i] *= float(m.scale) / total;
       }
       for (int64_t i = 0; i < m.k; i++) {
         if (weight[i] != weight[i]) broken = true;
@@ -908,7 +910,7 @@ struct Client {
       else
         for (int64_t i = 0; i < m.k; i++) {
           int64_t c = t * m.k + i;
-          g[m.chosen[c]] -= m.choice_weight[c] * mean;
+          g[m.chosen[c]] -= m.choice_weight[c] / float(m.scale) * mean;
         }
       if (set.balance == 0 && set.z == 0) continue;
       float sum = 0, mean_share = 0, lse = 0;
@@ -1255,6 +1257,11 @@ struct Client {
 struct Reader {
   const int64_t* at;
   int64_t next() { return *at++; }
+  double number() {
+    double d;
+    std::memcpy(&d, at++, sizeof d);
+    return d;
+  }
 };
 
 static Matrix* maybe(Client& c, int64_t index) { return index < 0 ? nullptr : &c.params[index]; }
@@ -1297,6 +1304,7 @@ static void read(Client& c, Reader& in) {
       m.k = in.next();
       m.full = in.next();
       m.residual = in.next();
+      m.scale = in.number();
       m.gate = maybe(c, in.next());
       for (int64_t e = 0; e < m.experts; e++) m.known.push_back(uint8_t(in.next()));
       m.held.assign(m.experts, 0);
@@ -1338,10 +1346,8 @@ static void read(Client& c, Reader& in) {
       if (v.normed) {
         for (Matrix** m : {&v.norm.weight, &v.norm.bias, &v.norm.mean, &v.norm.var})
           *m = maybe(c, in.next());
-        for (double* d : {&v.norm.momentum, &v.norm.eps}) {
-          int64_t bits = in.next();
-          std::memcpy(d, &bits, sizeof bits);
-        }
+        v.norm.momentum = in.number();
+        v.norm.eps = in.number();
       }
       v.weight->chunk = channels;
       v.weight->chunk_padded = v.channels;

@@ -67,6 +67,7 @@ class StackedMixture:
     activation: Activation
     k: int
     full: bool
+    scale: float  # of weights that sum to 1
     residual: bool
     out_dim: int
     present_KE: Tensor
@@ -160,6 +161,7 @@ def stack_models(models: Sequence[Sequence[Stage]], device: torch.device) -> Sta
                     activation=experts[0].activation,
                     k=gate.k,
                     full=gate.gate_mass == "full",
+                    scale=float(gate.k) if gate.gate_mass == "sum" else 1.0,
                     residual=first.residual,
                     out_dim=len(experts[0].down.weight),
                     present_KE=torch.stack([s.moe.present_E for s in mixtures]).to(device),
@@ -216,7 +218,7 @@ def _choose(
         else:
             score_PBE = logit_PBE.softmax(-1)
             best_PBC = top_k_indices(logit_PBE.detach(), s.k)
-            weight_PBC = logit_PBE.gather(-1, best_PBC).softmax(-1)
+            weight_PBC = s.scale * logit_PBE.gather(-1, best_PBC).softmax(-1)
     if keep_PB is not None:
         weight_PBC = weight_PBC * keep_PB[..., None]
     return Choices(best_PBC, weight_PBC, score_PBE, logit_PBE)

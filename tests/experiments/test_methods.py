@@ -22,6 +22,7 @@ from fedmoe.experiments.methods import (
     mixture_of,
 )
 from fedmoe.experiments.run import Spec, run_experiment
+from fedmoe.federated.fedavg import FedAvg
 from fedmoe.federated.fedmoe import FedMoE
 from fedmoe.federated.local import LocalPlan, Phase
 from fedmoe.federated.rounds import Schedule
@@ -32,6 +33,7 @@ from fedmoe.nn.init import seeded
 from fedmoe.nn.vision import fashion_cnn
 from fedmoe.report.log import read_run
 from fedmoe.state import (
+    moe_layers,
     named_by_role,
     nothing,
     other_than,
@@ -70,7 +72,18 @@ def normed_stem():
 
 MEMBER = partial(dense_classifier, stem, D, 3, CLASSES)
 NORMED_MEMBER = partial(dense_classifier, normed_stem, D, 3, CLASSES)
+
+
+def summed():
+    """As `tiny`, with outputs added up."""
+    model = tiny()
+    for _, moe in moe_layers(model):
+        moe.gate.gate_mass = "sum"
+    return model
+
+
 OTHERS = OtherModels(
+    summed=summed,
     clusters=partial(clusters_of, MEMBER, 3, CLASSES, (IN,)),
     mixture=partial(mixture_of, MEMBER, 3, CLASSES, (IN,)),
     extractors=partial(vowel_extractors, features=IN, num_features=D, num_classes=CLASSES),
@@ -92,7 +105,7 @@ def tiny_methods(others=OTHERS, rounds=2, lr=0.1):
 ALL = tiny_methods()
 CODED_METHODS = {"fedmoe-int8", "fedavg-int8"}
 NORMED = {"fedavg-norm", "fedbn", "fedmoe-norm", "ifca-norm"}
-OWN_MODEL = {*NORMED, "ifca", "fedmix", "pfedmoe"}
+OWN_MODEL = {*NORMED, "ifca", "fedmix", "pfedmoe", "fedmoe-sum", "fedavg-sum"}
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +196,21 @@ def test_fedmoe_with_a_normalisation_of_its_own_is_fedbn_with_fedmoes_strategy(d
     keeps = fashion._on_skewed(data, schedule)["fedmoe-norm"].plan.personal
     assert keeps("stem.norm1.weight") and keeps("experts.0.1.down.weight")
     assert not keeps("stem.conv1.weight") and not keeps("experts.0.1.up.weight")
+
+
+def test_fedmoe_that_sums_holds_as_many_experts_as_a_token_uses_and_fits_where_fedmoe_does(data):
+    methods = fashion._on_images("p", data, LocalPlan(lr=0.1), Schedule(2, 1), (0.25,))
+    plain, more, fedavg = (methods[m] for m in ("fedmoe", "fedmoe-sum", "fedavg-sum"))
+    assert more.strategy == replace(plain.strategy, min_experts=4)
+    assert (more.plan, more.clients) == (plain.plan, plain.clients)
+    model = more.factory()
+    [(_, moe)] = moe_layers(model)
+    assert (moe.gate.k, moe.gate.gate_mass) == (4, "sum")
+    assert state_hash(split_state(model)) == state_hash(split_state(plain.factory()))
+    assert {experts_that_fit(split_state(model), c.memory_bytes) for c in more.clients} == {4}
+    assert fedavg.factory is more.factory and fedavg.strategy == FedAvg()
+    kept = fashion._on_skewed(data, Schedule(2, 1))["fedmoe-sum"].plan.personal
+    assert kept("experts.0.1.down.weight") and not kept("experts.0.1.up.weight")
 
 
 def test_clusters_with_normalisation_average_it_as_all_else():

@@ -19,7 +19,7 @@ WITHOUT = {
     "vowels": NORMED,
     "shakespeare": {*NORMED, "fedmix", "pfedmoe"},
 }
-OWN_MODEL = {"ifca", "fedmix", "pfedmoe", *NORMED}
+OWN_MODEL = {"ifca", "fedmix", "pfedmoe", "fedmoe-sum", "fedavg-sum", *NORMED}
 
 
 def stand_in(name):

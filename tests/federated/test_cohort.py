@@ -71,6 +71,7 @@ MODELS = {
     "two of two": partial(
         vowel_mlp, PIXELS, 8, EXPERTS, 6, 2, CLASSES, gate_mass="renormalise"
     ),
+    "two, summed": partial(vowel_mlp, PIXELS, 8, EXPERTS, 6, 2, CLASSES, gate_mass="sum"),
     "two, full": partial(vowel_mlp, PIXELS, 8, EXPERTS, 20, 2, CLASSES, gate_mass="full"),
     "two layers": two_mixtures,
     "dense": partial(

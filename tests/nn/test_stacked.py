@@ -41,8 +41,9 @@ def side_by_side(made, x_KBD, keep_KB=None, first=None):
         partial(flat_moe, 10, 8, 4, 6, num_classes=3),
         partial(vowel_mlp, 10, 8, 4, 6, 2, 3),
         partial(vowel_mlp, 10, 8, 4, 6, 2, 3, gate_mass="full"),
+        partial(vowel_mlp, 10, 8, 4, 6, 2, 3, gate_mass="sum"),
     ],
-    ids=["residual", "renormalised", "full"],
+    ids=["residual", "renormalised", "full", "summed"],
 )
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_the_first_models_give_what_each_gives_alone(make, first):

@@ -4,8 +4,11 @@ Shazeer et al. 2017, "Outrageously Large Neural Networks", arXiv:1701.06538, eq.
 noise term. `gate_mass` says what becomes of the probability of experts that a token does not run:
 "renormalise" gives it to the k chosen, as Mixtral does (arXiv:2401.04088); "full" drops it, as
 Switch does (arXiv:2101.03961) and OLMoE (arXiv:2409.02060). With "full", a sub-MoE that knows the
-gate rows of the experts it lacks weighs the others exactly as the whole model does. With k=1,
-"renormalise" makes every weight 1, and then no loss on the output teaches the gate.
+gate rows of the experts it lacks weighs the others exactly as the whole model does. "sum" is
+"renormalise" times k, so that outputs are added up and not averaged: the scaling factor of
+DeepSeek-AI 2024, arXiv:2405.04434, set to k. A sub-MoE of k experts is then one layer as wide as
+all of them, and learns as fast as that. With k=1, "renormalise" and "sum" make every weight 1, and
+then no loss on the output teaches the gate.
 
 Shape suffixes: T tokens, D width, E experts, K chosen.
 """
@@ -20,7 +23,7 @@ from fedmoe.types import Routing
 
 MAX_K_WITHOUT_SORT = 4  # a pass for each of the k costs less than a sort (16 and 64 experts)
 
-GateMass = Literal["renormalise", "full"]
+GateMass = Literal["renormalise", "full", "sum"]
 
 
 class TopKGate(nn.Module):
@@ -35,8 +38,8 @@ class TopKGate(nn.Module):
         super().__init__()
         if not 1 <= k <= num_experts:
             raise ValueError(f"k must be between 1 and the {num_experts} experts, got {k}")
-        if gate_mass not in ("renormalise", "full"):
-            raise ValueError(f'gate_mass must be "renormalise" or "full", got {gate_mass!r}')
+        if gate_mass not in ("renormalise", "full", "sum"):
+            raise ValueError(f'gate_mass must be "renormalise", "full" or "sum", got {gate_mass!r}')
         self.dim, self.num_experts, self.k, self.gate_mass = dim, num_experts, k, gate_mass
         self.proj = nn.Linear(dim, num_experts, bias=False)
         known_E = torch.ones(num_experts, dtype=torch.bool)
@@ -45,9 +48,10 @@ class TopKGate(nn.Module):
     def forward(self, x_TD: Tensor, present_E: Tensor) -> Routing:
         """Weights are 0 but for each token's k highest present experts, or all if k exceeds them.
 
-        Rows of `score_TE` sum to 1: over the present experts with "renormalise", and with "full"
-        over all known ones, present or not. Rows of `weight_TE` sum to 1 with "renormalise" and
-        to the score of the chosen with "full". Without any present expert all weights are 0.
+        Rows of `score_TE` sum to 1: over all known experts, present or not, with "full", and else
+        over the present ones. Rows of `weight_TE` sum to 1 with "renormalise", to the score of the
+        chosen with "full", and to their number with "sum". Without any present expert all weights
+        are 0.
         """
         # Half precision would make ties, and so accidents, of close scores.
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -66,7 +70,10 @@ class TopKGate(nn.Module):
                 score_TE = weight_TE = masked_softmax(all_TE, choosable_E)
             else:
                 score_TE = logit_TE.softmax(-1)
-                weight_TE = top_k_weights(logit_TE, choosable_E, min(self.k, num_choosable))
+                k = min(self.k, num_choosable)
+                weight_TE = top_k_weights(logit_TE, choosable_E, k)
+                if self.gate_mass == "sum":
+                    weight_TE = weight_TE * k
         return Routing(weight_TE, score_TE, logit_TE)
 
 

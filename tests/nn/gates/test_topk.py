@@ -23,6 +23,14 @@ def test_renormalised_weights_are_shares_among_the_k_highest():
     torch.testing.assert_close(weight_E, torch.tensor([0, 4 / 7, 0, 3 / 7]))
 
 
+def test_summed_weights_are_those_shares_times_how_many_are_used():
+    [weight_E] = gate_with_scores(2, gate_mass="sum")(ONE, ALL_4).weight_TE
+    torch.testing.assert_close(weight_E, torch.tensor([0, 8 / 7, 0, 6 / 7]))
+    present_E = torch.tensor([False, False, True, False])
+    [alone_E] = gate_with_scores(2, gate_mass="sum")(ONE, present_E).weight_TE
+    assert alone_E.tolist() == [0, 0, 1, 0]
+
+
 def test_full_weights_are_shares_among_all_experts():
     [weight_E] = gate_with_scores(2, gate_mass="full")(ONE, ALL_4).weight_TE
     torch.testing.assert_close(weight_E, torch.tensor([0, 4 / 10, 0, 3 / 10]))
@@ -42,7 +50,7 @@ def test_with_full_an_unknown_expert_is_in_no_denominator():
     torch.testing.assert_close(routing.weight_TE[0], torch.tensor([0, 0, 2 / 6, 3 / 6]))
 
 
-@pytest.mark.parametrize("gate_mass", ["renormalise", "full"])
+@pytest.mark.parametrize("gate_mass", ["renormalise", "full", "sum"])
 def test_an_unknown_expert_is_not_chosen_though_present(gate_mass):
     gate = gate_with_scores(1, gate_mass=gate_mass)
     gate.known_E[1] = False
