@@ -28,7 +28,7 @@ from fedmoe.nn.text import CharacterStem, character_model
 
 K = 2  # experts per token, and so the fewest per layer that a client can do with
 SHARES = (0.25,)
-HELD = 4  # of the 16 experts, by every device
+HELD = 4  # of 16 experts, by every device; of the eight of *vowels* 2
 NUM_MODELS = 4  # of IFCA and FedMix; together as large as the model of experts
 
 
@@ -72,7 +72,7 @@ def vowels(seed: int = 0, rounds: int = 20, *, lr: float = 0.6) -> Methods:
         SHARES,
         FedMoE(min_experts=K, kinship=1.0, seed=seed),
         others=OtherModels(
-            summed=partial(vowel_mlp, k=HELD, seed=seed, gate_mass="sum"),
+            summed=partial(vowel_mlp, k=2, seed=seed, gate_mass="sum"),
             clusters=partial(clusters_of, member, NUM_MODELS, data.num_classes, shape, seed),
             mixture=partial(mixture_of, member, NUM_MODELS, data.num_classes, shape, seed),
             extractors=partial(vowel_extractors, seed=seed),

@@ -5,7 +5,8 @@ import torch
 
 from fedmoe.data.examples import ClientData, Examples, FederatedData
 from fedmoe.experiments import natural
-from fedmoe.state import split_state
+from fedmoe.federated.select import experts_that_fit
+from fedmoe.state import moe_layers, split_state
 from fedmoe.types import ClientInfo
 
 SHAPES = {
@@ -53,6 +54,10 @@ def test_every_method_of_a_natural_protocol_has_a_model_for_its_data(name, monke
     for method in ("fedmoe", "fedavg"):
         plain, coded = methods[method], methods[f"{method}-int8"]
         assert plain.plan == coded.plan and not plain.coded and coded.coded
+    summed = methods["fedmoe-sum"]
+    [(_, moe)] = moe_layers(models["fedmoe-sum"])
+    for c in summed.clients:  # whoever sums uses all that its device holds
+        assert experts_that_fit(split_state(models["fedmoe-sum"]), c.memory_bytes) == moe.gate.k
     own = num_parameters(models["fedmoe"])
     assert 0.9 * own < num_parameters(models["ifca"]) < 1.5 * own
     assert len(split_state(models["ifca"]).experts) == natural.NUM_MODELS
