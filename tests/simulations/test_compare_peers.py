@@ -197,6 +197,15 @@ def answer(case: Case, order: str, **changes: object) -> None:
     case.result(order).write_text(json.dumps(result | changes))
 
 
+def done(folder, failed: tuple[ClientFailure, ...] = ()) -> Case:
+    """All four runs of FedAvg."""
+    one = case(folder)
+    finish(one, failed=failed)
+    for order in ORDERS:
+        answer(one, order)
+    return one
+
+
 def test_a_row_waits_for_all_four_runs_and_compares_what_its_method_is_judged_by(tmp_path):
     fedavg, ditto = case(tmp_path), case(tmp_path, "ditto")
     for one in (fedavg, ditto):
@@ -225,10 +234,7 @@ def test_a_row_waits_for_all_four_runs_and_compares_what_its_method_is_judged_by
 
 
 def test_results_keep_rows_of_earlier_calls_and_average_over_seeds(tmp_path):
-    first = case(tmp_path)
-    finish(first)
-    for order in ORDERS:
-        answer(first, order)
+    first = done(tmp_path)
     write_results([first], tmp_path)
     second = replace(first, spec=replace(first.spec, seed=4), folder=tmp_path / "another")
     finish(second)
@@ -242,10 +248,7 @@ def test_results_keep_rows_of_earlier_calls_and_average_over_seeds(tmp_path):
 
 
 def test_rows_without_all_that_is_compared_now_are_left_out(tmp_path):
-    first = case(tmp_path)
-    finish(first)
-    for order in ORDERS:
-        answer(first, order)
+    first = done(tmp_path)
     write_results([first], tmp_path)
     path = tmp_path / "peers.json"
     [row] = json.loads(path.read_text())
@@ -268,19 +271,13 @@ def test_another_order_has_the_same_start_and_clients_and_other_batches(fashion_
 
 
 def test_a_result_of_another_job_does_not_count(tmp_path):
-    one = case(tmp_path)
-    finish(one)
-    for order in ORDERS:
-        answer(one, order)
+    one = done(tmp_path)
     faster = replace(one, experiment=replace(one.experiment, plan=LocalPlan(lr=0.25)))
     assert row_of(one) is not None and row_of(faster) is None
 
 
 def test_a_run_that_lost_a_client_is_not_compared(tmp_path):
-    one = case(tmp_path)
-    finish(one, failed=(ClientFailure(1, "its loss is not finite"),))
-    for order in ORDERS:
-        answer(one, order)
+    one = done(tmp_path, failed=(ClientFailure(1, "its loss is not finite"),))
     with pytest.raises(ValueError, match="client 1 has not: its loss is not finite"):
         row_of(one)
 
