@@ -49,15 +49,19 @@ EXPERTS = "unseen-experts.json"
 
 
 def write_experts(plan: Plan, place: Path = RESULTS) -> None:
-    """What the experts of every finished run can do; of runs that are not here, as it was told."""
+    """What the experts of every finished run can do.
+
+    Runs that are not here, and those that the plan does not ask for, stay as they were told.
+    """
     path = place / EXPERTS
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     told = {row["definition"]: row for row in known}
-    rows = [
-        row
-        for job in plan.jobs
-        if job.spec.method == METHOD and (row := _experts_of(job, told)) is not None
-    ]
+    jobs = [job for job in plan.jobs if job.spec.method == METHOD]
+    asked = {(job.protocol, job.spec.seed) for job in jobs}
+    rows = [row for row in known if (row["protocol"], row["seed"]) not in asked]
+    rows += [row for job in jobs if (row := _experts_of(job, told)) is not None]
+    order = {s.protocol: i for i, s in enumerate(TABLE.settings)}
+    rows.sort(key=lambda row: (order.get(row["protocol"], len(order)), row["seed"]))
     write_atomically(path, json.dumps(rows, indent=1) + "\n")
 
 

@@ -16,14 +16,14 @@ PATIENCE_S = 300.0  # Ray takes its time to start on a busy machine
 RUN = "runs/private-router-seed0"
 
 
-def processes_with(*marks: str) -> list[str]:
-    """The command lines of all that have inherited these."""
-    found = []
+def processes_with(*marks: str) -> dict[str, str]:
+    """The command lines of all that have inherited these, by pid (a worker changes its own)."""
+    found = {}
     for place in Path("/proc").glob("[0-9]*"):
         try:
             environ = (place / "environ").read_bytes()
             if all(mark.encode() in environ for mark in marks):
-                found.append((place / "cmdline").read_bytes().decode(errors="replace"))
+                found[place.name] = (place / "cmdline").read_bytes().decode(errors="replace")
         except OSError:
             pass  # it has ended meanwhile, or is somebody else's
     return found
@@ -40,9 +40,9 @@ def test_ctrl_c_leaves_no_process_of_a_run_over_actors(tmp_path):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "no round was done"
         time.sleep(0.05)
-    workers = [line for line in processes_with(mark) if "ray::Worker" in line]
+    workers = {pid for pid, line in processes_with(mark).items() if "ray::Worker" in line}
     known = processes_with(mark, "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN=")
-    assert len(workers) == 2 and set(workers) <= set(known)  # no stranger can give them work
+    assert len(workers) == 2 and workers <= set(known)  # no stranger can give them work
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
     _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, err

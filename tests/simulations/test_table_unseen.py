@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from fedmoe.checkpoint import save_checkpoint
 from fedmoe.experiments import unseen
+from fedmoe.experiments.definition import Definition
 from fedmoe.experiments.sweep import Plan, Setting, _stamp, finished_row, plan_sweep
 from fedmoe.experiments.table import default_rounds, find_experiment
 from fedmoe.report.log import ClientAccuracy, ClientEntry, RoundRecord, RunInfo, RunLog
@@ -59,9 +60,27 @@ def test_experts_are_told_from_the_last_checkpoint_and_kept_for_machines_without
     [row] = json.loads((tmp_path / EXPERTS).read_text())
     assert (row["protocol"], row["method"], row["seed"]) == ("heldout-weak", "fedjets", 0)
     assert len(row["accuracy_EC"]) == 5 and row["definition"] == own.jobs[0].definition.hash
-    gone = Plan([replace(own.jobs[0], folder=tmp_path / "nowhere")], {})
-    write_experts(gone, tmp_path)
-    assert json.loads((tmp_path / EXPERTS).read_text()) == [row]
+    [job] = own.jobs
+    gone = replace(job, folder=tmp_path / "nowhere")
+    other = replace(gone, spec=replace(job.spec, seed=1), definition=Definition({}))
+    for asked in ([gone], [other], []):  # of seed 1 alone it says nothing of seed 0
+        write_experts(Plan(asked, {}), tmp_path)
+        assert json.loads((tmp_path / EXPERTS).read_text()) == [row]
+    changed = replace(gone, definition=Definition({"plan.lr": "1.0"}))
+    write_experts(Plan([changed], {}), tmp_path)
+    assert json.loads((tmp_path / EXPERTS).read_text()) == []  # what is told is of another run
+
+
+def test_what_is_told_of_experts_is_in_the_order_of_the_table(tmp_path):
+    told = [
+        {"protocol": protocol, "method": "fedjets", "seed": seed, "definition": f"{protocol}{seed}"}
+        for protocol in ("heldout-average", "heldout-weak")
+        for seed in (1, 0)
+    ]
+    (tmp_path / EXPERTS).write_text(json.dumps(told))
+    write_experts(Plan([], {}), tmp_path)
+    rows = json.loads((tmp_path / EXPERTS).read_text())
+    assert rows == told[::-1]
 
 
 def test_the_table_shows_who_leads_on_clients_who_came_later(small, tmp_path):
