@@ -23,6 +23,7 @@ from fedmoe.federated.fedmoe import FedMoE, as_published, frequency, mass
 from fedmoe.federated.local import frozen_router, private_router
 from fedmoe.federated.methods.flame import frequency_power
 from fedmoe.federated.methods.reap import Reaping, importance
+from fedmoe.nn.gates.topk import GateMass
 from fedmoe.nn.vision import fashion_cnn
 from fedmoe.report.comparison import by_protocol, facts
 from fedmoe.report.fairness import comparison_notes
@@ -61,14 +62,17 @@ def fedmoe_of(e: Experiment) -> FedMoE:
 
 
 def model(
-    num_experts: int = 16, k: int = fashion.K, share: float = SHARE, theta_cap: float = 1.0
+    num_experts: int = 16,
+    k: int = fashion.HELD,
+    share: float = SHARE,
+    theta_cap: float = 1.0,
+    gate_mass: GateMass = "sum",
 ) -> Change:
     """Another cut of the same hidden layer, other devices: all else follows."""
 
     def change(e: Experiment) -> Experiment:
-        factory = partial(
-            fashion_cnn, num_experts, WIDTH // num_experts, k=k, seed=e.schedule.seed
-        )
+        hidden, seed = WIDTH // num_experts, e.schedule.seed
+        factory = partial(fashion_cnn, num_experts, hidden, k=k, seed=seed, gate_mass=gate_mass)
         return replace(
             e,
             factory=factory,
@@ -81,7 +85,7 @@ def model(
 
 def full_mass(e: Experiment) -> Experiment:
     """The gate's softmax keeps its full denominator, so clients are sent all experts' rows."""
-    factory = partial(fashion_cnn, k=fashion.K, seed=e.schedule.seed, gate_mass="full")
+    factory = partial(fashion_cnn, k=fashion.HELD, seed=e.schedule.seed, gate_mass="full")
     return replace(e, factory=factory, strategy=replace(fedmoe_of(e), all_rows=True))
 
 
@@ -119,11 +123,17 @@ CHOICES: Mapping[str, Variant] = {
     "by-frequency-squared": Variant(
         "experts weigh by examples times squared frequency", strategy(weigh=frequency_power(2))
     ),
-    "8-experts": Variant("of twice the width", model(8)),
-    "32-experts": Variant("of half the width", model(32)),
+    "8-experts": Variant("of twice the width, two for each example", model(8, k=2)),
+    "32-experts": Variant("of half the width, eight for each example", model(32, k=8)),
     "k-1": Variant("one expert for each example", model(k=1)),
-    "k-4": Variant("four experts for each example, all that a device holds", model(k=4)),
-    "budget-eighth": Variant("devices hold an eighth of the experts", model(share=0.125)),
+    "k-2": Variant("two experts for each example", model(k=2)),
+    "k-2-averaged": Variant(
+        "two experts, their outputs averaged: fedmoe-mean", model(k=2, gate_mass="renormalise")
+    ),
+    "k-4-averaged": Variant("four experts averaged", model(gate_mass="renormalise")),
+    "budget-eighth": Variant(
+        "devices hold an eighth of the experts, two, and use both", model(k=2, share=0.125)
+    ),
     "budget-half": Variant("devices hold half of them", model(share=0.5)),
     "budget-all": Variant("devices hold all of them", model(share=1.0)),
     "theta-0.5": Variant(
@@ -172,7 +182,7 @@ def measures(seed: int = SEED, rounds: int = ROUNDS) -> Mapping[str, Experiment]
     """
     whole = model(share=1.0, theta_cap=0.5)
     own = fashion.domains(seed, rounds)["fedmoe"]
-    published = replace(EXPLORED, min_experts=fashion.K, seed=seed)
+    published = replace(EXPLORED, min_experts=fashion.HELD, seed=seed)
     return _varied(whole(replace(own, strategy=published)), MEASURES)
 
 

@@ -1,5 +1,8 @@
 """All methods of one protocol, FedMoE first: same clients, same model, same start, same rounds.
 
+What methods make of a model may differ where their start does not: sub-MoEs add up the outputs of
+experts that others average, if a protocol says so (`summed`).
+
 `core_methods` are FedMoE and what it is measured by first; `all_methods` adds the personalised
 methods of the field. What only differs in how a client trains is a plan, what differs in who gets
 what is a strategy, and here they are put together.
@@ -53,7 +56,7 @@ WITH_CLASSIFIER: Mapping[str, NameTest] = {
     "fedmoe": is_classifier,
     "random": is_classifier,
     "fedmoe-int8": is_classifier,
-    "fedmoe-sum": is_classifier,
+    "fedmoe-mean": is_classifier,
     "fedmoe-norm": is_classifier_or_norm,
 }
 CODED = ("fedmoe", "fedavg")  # what there is with a byte a number on the wire, too
@@ -71,7 +74,6 @@ class OtherModels:
     A method whose model is None is left out: the protocol has no such model.
     """
 
-    summed: Factory | None = None  # the protocol's own with more experts a token, added up
     clusters: Factory | None = None  # IFCA: whole models, one of which a client chooses
     mixture: Factory | None = None  # FedMix: whole models under a gate of the client's own
     extractors: Factory | None = None  # pFedMoE: a private and a shared feature extractor
@@ -88,6 +90,7 @@ def core_methods(
     shares: Shares,
     fedmoe: FedMoE,
     *,
+    summed: Factory | None = None,
     lr_of: Mapping[str, float] | None = None,
     proximal: float = 0.01,
 ) -> dict[str, Experiment]:
@@ -95,38 +98,51 @@ def core_methods(
 
     Args:
         shares: memory budgets, as shares of the experts; they go round over the clients.
+        summed: what FedMoE and other choices of sub-MoEs train: `factory`'s model, of the same
+            start, but with as many experts for a token as the smallest device holds, and their
+            outputs added up. A sub-MoE is then one layer as wide as all its experts. None: they
+            train `factory`'s.
         lr_of: learning rates of methods that do better with another than the plan's.
         proximal: FedProx's mu.
     """
     model = split_state(factory())
     clients = with_budgets(data, model, shares)
-    base = Experiment(name, "fedmoe", factory, fedmoe, plan, data, clients, schedule)
+    base = Experiment(name, "fedavg", factory, FedAvg(), plan, data, clients, schedule)
+    own = with_experts_enough(replace(base, method="fedmoe", strategy=fedmoe), summed)
     runs = [
-        base,
+        own,
         replace(
-            base,
+            own,
             method="random",
             strategy=FixedSubMoE(choice=random_choice(model, clients, schedule.seed)),
         ),
-        replace(base, method="fedavg", strategy=FedAvg()),
-        replace(
-            base, method="fedprox", strategy=FedAvg(), plan=replace(plan, proximal=proximal)
-        ),
-        replace(
-            base, method="local", strategy=FedAvg(), plan=replace(plan, personal=everything)
-        ),
+        base,
+        replace(base, method="fedprox", plan=replace(plan, proximal=proximal)),
+        replace(base, method="local", plan=replace(plan, personal=everything)),
     ]
     if data.groups:
         known = choice_by_group(model, clients, data.groups)
         runs += [
             replace(
-                base, method="chosen-by-group", strategy=FixedSubMoE(choice=known), control=True
+                own, method="chosen-by-group", strategy=FixedSubMoE(choice=known), control=True
             ),
             replace(
                 base, method="fedavg-per-group", strategy=PerGroup(data.groups), control=True
             ),
         ]
     return _at_rates(runs, lr_of)
+
+
+def with_experts_enough(run: Experiment, factory: Factory | None) -> Experiment:
+    """A run of FedMoE or its like on another model (None: its own), which gives every client as
+    many experts of a layer as a token of that model uses.
+    """
+    if factory is None:
+        return run
+    assert isinstance(run.strategy, FedMoE)
+    k = max(int(getattr(moe.gate, "k", 1)) for _, moe in moe_layers(factory()))
+    strategy = replace(run.strategy, min_experts=max(k, run.strategy.min_experts))
+    return replace(run, factory=factory, strategy=strategy)
 
 
 def all_methods(
@@ -138,6 +154,7 @@ def all_methods(
     shares: Shares,
     fedmoe: FedMoE,
     *,
+    summed: Factory | None = None,
     lr_of: Mapping[str, float] | None = None,
     proximal: float = 0.01,
     ditto_pull: float = 0.1,
@@ -153,23 +170,32 @@ def all_methods(
     own are there if `others` has it. Of these `ifca`, `fedmix` and `pfedmoe` know no limit of
     memory, and `fedavg-norm` is what `fedbn` is to be compared with; `fedmoe-norm` is FedMoE on
     that model, its normalisation on the client too, and `ifca-norm` what that is to be compared
-    with. `fedmoe-sum` is FedMoE on a model that uses as many experts for a token as the smallest
-    device holds, and adds their outputs up in place of averaging them; `fedavg-sum` is what it is
-    to be compared with. `fedmoe-int8` and `fedavg-int8` are `fedmoe` and `fedavg` with their
-    messages coded.
+    with. Where `summed` is given, `fedmoe-mean` is FedMoE on the others' model, and `fedavg-sum`
+    and `local-sum` are FedAvg and local training on FedMoE's. `fedmoe-int8` and `fedavg-int8` are
+    `fedmoe` and `fedavg` with their messages coded.
 
     Args:
-        shares, lr_of, proximal: see `core_methods`.
+        shares, summed, lr_of, proximal: see `core_methods`.
         ditto_pull: Ditto's lambda.
         head: the classifier of the model; the default fits experts that each own a slice of it.
         others: models of methods that do not train the protocol's own.
     """
     runs = core_methods(
-        name, data, factory, plan, schedule, shares, fedmoe, lr_of=lr_of, proximal=proximal
+        name,
+        data,
+        factory,
+        plan,
+        schedule,
+        shares,
+        fedmoe,
+        summed=summed,
+        lr_of=lr_of,
+        proximal=proximal,
     )
-    base = replace(runs["fedmoe"], strategy=FedAvg(), plan=plan)
+    base = replace(runs["fedavg"], plan=plan)
     epochs = sum(phase.epochs for phase in plan.phases)
     pruning = FrequencyPruning(min_experts=fedmoe.min_experts, seed=fedmoe.seed)
+    pruned = replace(base, method="frequency-pruning", strategy=pruning)
     plans = {
         "ditto": replace(plan, method=Ditto(ditto_pull)),
         "apfl": replace(plan, method=APFL()),
@@ -180,7 +206,6 @@ def all_methods(
     strategies: dict[str, Strategy[Any]] = {
         "heterofl": HeteroFL(),
         "fedrolex": FedRolex(),
-        "frequency-pruning": pruning,
         "flame": FedAvg(weigh=frequency_power(2)),
         "fedalign": Aligned(),
     }
@@ -193,12 +218,29 @@ def all_methods(
         ),
         *(replace(base, method=m, plan=its_plan) for m, its_plan in plans.items()),
         *(replace(base, method=m, strategy=strategy) for m, strategy in strategies.items()),
+        with_experts_enough(pruned, summed),
+        *_of_both_models(base, fedmoe, summed),
         *_of_other_models(base, fedmoe, others, shares),
     ]
     coded = [
         replace(runs[m], method=f"{m}-int8", down=INT8_DOWN, up=INT8_UP) for m in CODED
     ]
     return runs | _at_rates(more, lr_of) | {e.method: e for e in coded}
+
+
+def _of_both_models(
+    base: Experiment, fedmoe: FedMoE, summed: Factory | None
+) -> list[Experiment]:
+    """FedMoE on the others' model, and what others make of FedMoE's."""
+    if summed is None:
+        return []
+    theirs = replace(base, method="fedavg-sum", factory=summed)
+    alone = replace(base.plan, personal=everything)
+    return [
+        replace(base, method="fedmoe-mean", strategy=fedmoe),
+        theirs,
+        replace(theirs, method="local-sum", plan=alone),
+    ]
 
 
 def _of_other_models(
@@ -208,11 +250,6 @@ def _of_other_models(
 
     plan = base.plan
     runs: list[Experiment] = []
-    if others.summed is not None:
-        summed = replace(base, method="fedavg-sum", factory=others.summed)
-        k = max(int(getattr(moe.gate, "k", 1)) for _, moe in moe_layers(others.summed()))
-        at_least = replace(fedmoe, min_experts=max(k, fedmoe.min_experts))
-        runs += [summed, replace(summed, method="fedmoe-sum", strategy=at_least)]
     if others.normed is not None:
         clients = with_budgets(base.data, split_state(others.normed()), shares)
         normed = replace(base, method="fedavg-norm", factory=others.normed, clients=clients)

@@ -45,8 +45,8 @@ def motion(seed: int = 0, rounds: int = 20, *, lr: float = 0.2) -> Methods:
         Schedule(rounds, seed, evaluate_every=5),
         SHARES,
         FedMoE(min_experts=K, kinship=1.0, seed=seed),
+        summed=partial(motion_cnn, k=HELD, seed=seed, gate_mass="sum"),
         others=OtherModels(
-            summed=partial(motion_cnn, k=HELD, seed=seed, gate_mass="sum"),
             clusters=partial(clusters_of, member, NUM_MODELS, data.num_classes, shape, seed),
             mixture=partial(mixture_of, member, NUM_MODELS, data.num_classes, shape, seed),
             extractors=partial(motion_extractors, seed=seed),
@@ -71,8 +71,8 @@ def vowels(seed: int = 0, rounds: int = 20, *, lr: float = 0.6) -> Methods:
         Schedule(rounds, seed, evaluate_every=5),
         SHARES,
         FedMoE(min_experts=K, kinship=1.0, seed=seed),
+        summed=partial(vowel_mlp, k=2, seed=seed, gate_mass="sum"),
         others=OtherModels(
-            summed=partial(vowel_mlp, k=2, seed=seed, gate_mass="sum"),
             clusters=partial(clusters_of, member, NUM_MODELS, data.num_classes, shape, seed),
             mixture=partial(mixture_of, member, NUM_MODELS, data.num_classes, shape, seed),
             extractors=partial(vowel_extractors, seed=seed),
@@ -101,8 +101,8 @@ def shakespeare(seed: int = 0, rounds: int = 20, *, lr: float = 0.6) -> Methods:
         Schedule(rounds, seed, evaluate_every=5),
         SHARES,
         FedMoE(min_experts=K, sharpness=0.0, seed=seed),
+        summed=partial(character_model, k=HELD, seed=seed, gate_mass="sum"),
         others=OtherModels(
-            summed=partial(character_model, k=HELD, seed=seed, gate_mass="sum"),
             clusters=partial(clusters_of, member, NUM_MODELS, data.num_classes, shape, seed)
         ),
     )

@@ -322,13 +322,12 @@ def _mixture(stage: Mixture, weights: _Weights) -> native.Mixture:
         number: native.Expert(weights.linear(e.up), weights.linear(e.down), e.activation)
         for number, e in stage.experts.items()
     }
-    k = min(gate.k, len(experts))
     return native.Mixture(
         weights.of(gate.proj.weight),
         gate.known_E.tolist(),
         experts,
-        k,
+        min(gate.k, len(experts)),
         gate.gate_mass == "full",
         stage.residual,
-        float(k) if gate.gate_mass == "sum" else 1.0,
+        gate.total_weight(len(experts)),
     )

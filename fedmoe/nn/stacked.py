@@ -67,7 +67,7 @@ class StackedMixture:
     activation: Activation
     k: int
     full: bool
-    scale: float  # of weights that sum to 1
+    total: float  # what weights sum to that are not scores
     residual: bool
     out_dim: int
     present_KE: Tensor
@@ -161,7 +161,7 @@ def stack_models(models: Sequence[Sequence[Stage]], device: torch.device) -> Sta
                     activation=experts[0].activation,
                     k=gate.k,
                     full=gate.gate_mass == "full",
-                    scale=float(gate.k) if gate.gate_mass == "sum" else 1.0,
+                    total=gate.total_weight(gate.k),  # who holds fewer is refused
                     residual=first.residual,
                     out_dim=len(experts[0].down.weight),
                     present_KE=torch.stack([s.moe.present_E for s in mixtures]).to(device),
@@ -218,7 +218,7 @@ def _choose(
         else:
             score_PBE = logit_PBE.softmax(-1)
             best_PBC = top_k_indices(logit_PBE.detach(), s.k)
-            weight_PBC = s.scale * logit_PBE.gather(-1, best_PBC).softmax(-1)
+            weight_PBC = s.total * logit_PBE.gather(-1, best_PBC).softmax(-1)
     if keep_PB is not None:
         weight_PBC = weight_PBC * keep_PB[..., None]
     return Choices(best_PBC, weight_PBC, score_PBE, logit_PBE)

@@ -83,7 +83,6 @@ def summed():
 
 
 OTHERS = OtherModels(
-    summed=summed,
     clusters=partial(clusters_of, MEMBER, 3, CLASSES, (IN,)),
     mixture=partial(mixture_of, MEMBER, 3, CLASSES, (IN,)),
     extractors=partial(vowel_extractors, features=IN, num_features=D, num_classes=CLASSES),
@@ -98,14 +97,21 @@ def tiny_methods(others=OTHERS, rounds=2, lr=0.1):
     schedule = Schedule(rounds, seed=5)
     fedmoe = FedMoE(smooth_over=1, patience=1)
     return all_methods(
-        "tiny", federated_data(), tiny, plan, schedule, (0.5, 1.0), fedmoe, others=others
-    )
+        "tiny", federated_data(), tiny, plan, schedule, (0.5, 1.0), fedmoe,
+        summed=summed if others is OTHERS else None, others=others,
+    )  # fmt: skip
 
 
 ALL = tiny_methods()
+PLAN = LocalPlan(lr=0.1)
 CODED_METHODS = {"fedmoe-int8", "fedavg-int8"}
 NORMED = {"fedavg-norm", "fedbn", "fedmoe-norm", "ifca-norm"}
-OWN_MODEL = {*NORMED, "ifca", "fedmix", "pfedmoe", "fedmoe-sum", "fedavg-sum"}
+OWN_MODEL = {*NORMED, "ifca", "fedmix", "pfedmoe"}
+BOTH_MODELS = {"fedmoe-mean", "fedavg-sum", "local-sum"}  # where there are two of one start
+SUMMED = {
+    "fedmoe", "random", "chosen-by-group", "frequency-pruning", "fedmoe-int8", "fedavg-sum",
+    "local-sum",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +154,7 @@ def test_a_methods_own_learning_rate_is_its_own(runs):
     every = {m: 0.01 * (i + 1) for i, m in enumerate(ALL) if m not in CODED_METHODS}
     made = all_methods(
         "tiny", federated_data(), tiny, plan, Schedule(1), (0.5,), FedMoE(),
-        lr_of=every, others=OTHERS,
+        summed=summed, lr_of=every, others=OTHERS,
     )
     assert {m: r.plan.lr for m, r in made.items()} == {
         **every, "fedmoe-int8": every["fedmoe"], "fedavg-int8": every["fedavg"]
@@ -192,25 +198,43 @@ def test_fedmoe_with_a_normalisation_of_its_own_is_fedbn_with_fedmoes_strategy(d
     made = definition_of(spec, replace(plain["fedbn"], method="fedmoe-norm")).settings
     changed = definition_of(spec, plain["fedmoe-norm"]).differs_from(made)
     assert {name.split(".")[0] for name in changed} == {"strategy"}
-    assert plain["fedmoe-norm"].strategy == plain["fedmoe"].strategy
+    assert plain["fedmoe-norm"].strategy == plain["fedmoe-mean"].strategy
     keeps = fashion._on_skewed(data, schedule)["fedmoe-norm"].plan.personal
     assert keeps("stem.norm1.weight") and keeps("experts.0.1.down.weight")
     assert not keeps("stem.conv1.weight") and not keeps("experts.0.1.up.weight")
 
 
-def test_fedmoe_that_sums_holds_as_many_experts_as_a_token_uses_and_fits_where_fedmoe_does(data):
-    methods = fashion._on_images("p", data, LocalPlan(lr=0.1), Schedule(2, 1), (0.25,))
-    plain, more, fedavg = (methods[m] for m in ("fedmoe", "fedmoe-sum", "fedavg-sum"))
-    assert more.strategy == replace(plain.strategy, min_experts=4)
-    assert (more.plan, more.clients) == (plain.plan, plain.clients)
-    model = more.factory()
+def test_sub_moes_add_up_what_the_others_average(data):
+    for methods in (ALL, fashion._on_images("p", data, PLAN, Schedule(2, 1), (0.25,))):
+        gates = {m: moe.gate for m, e in methods.items() for _, moe in moe_layers(e.factory())}
+        assert {m for m, g in gates.items() if getattr(g, "gate_mass", "") == "sum"} == SUMMED
+
+
+def test_fedmoe_that_sums_holds_as_many_experts_as_a_token_uses_and_fits_where_the_mean_does(data):
+    methods = fashion._on_images("p", data, PLAN, Schedule(2, 1), (0.25,))
+    mean, own = methods["fedmoe-mean"], methods["fedmoe"]
+    assert own.strategy == replace(mean.strategy, min_experts=4)
+    assert (own.plan, own.clients) == (mean.plan, mean.clients)
+    model = own.factory()
     [(_, moe)] = moe_layers(model)
     assert (moe.gate.k, moe.gate.gate_mass) == (4, "sum")
-    assert state_hash(split_state(model)) == state_hash(split_state(plain.factory()))
-    assert {experts_that_fit(split_state(model), c.memory_bytes) for c in more.clients} == {4}
-    assert fedavg.factory is more.factory and fedavg.strategy == FedAvg()
-    kept = fashion._on_skewed(data, Schedule(2, 1))["fedmoe-sum"].plan.personal
-    assert kept("experts.0.1.down.weight") and not kept("experts.0.1.up.weight")
+    assert state_hash(split_state(model)) == state_hash(split_state(mean.factory()))
+    assert {experts_that_fit(split_state(model), c.memory_bytes) for c in own.clients} == {4}
+    assert methods["frequency-pruning"].strategy.min_experts == 4
+    for method in ("fedavg", "local"):
+        alike = methods[f"{method}-sum"]
+        assert alike.factory is own.factory and alike.strategy == FedAvg()
+        assert alike.plan == methods[method].plan
+    skewed = fashion._on_skewed(data, Schedule(2, 1))
+    for method in ("fedmoe", "fedmoe-mean"):
+        kept = skewed[method].plan.personal
+        assert kept("experts.0.1.down.weight") and not kept("experts.0.1.up.weight")
+
+
+def test_without_a_model_that_sums_all_train_the_same():
+    methods = tiny_methods(OtherModels())
+    assert len({e.factory for m, e in methods.items()}) == 1
+    assert not methods.keys() & BOTH_MODELS
 
 
 def test_clusters_with_normalisation_average_it_as_all_else():
@@ -248,7 +272,7 @@ def test_the_core_methods_come_first_and_are_the_same_among_all(runs):
 
 
 def test_a_method_without_its_model_is_left_out():
-    assert ALL.keys() - tiny_methods(OtherModels()).keys() == OWN_MODEL
+    assert ALL.keys() - tiny_methods(OtherModels()).keys() == OWN_MODEL | BOTH_MODELS
     assert "ifca" in tiny_methods(OtherModels(clusters=OTHERS.clusters))
 
 

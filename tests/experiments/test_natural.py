@@ -20,7 +20,7 @@ WITHOUT = {
     "vowels": NORMED,
     "shakespeare": {*NORMED, "fedmix", "pfedmoe"},
 }
-OWN_MODEL = {"ifca", "fedmix", "pfedmoe", "fedmoe-sum", "fedavg-sum", *NORMED}
+OWN_MODEL = {"ifca", "fedmix", "pfedmoe", "fedavg", *NORMED}
 
 
 def stand_in(name):
@@ -54,10 +54,10 @@ def test_every_method_of_a_natural_protocol_has_a_model_for_its_data(name, monke
     for method in ("fedmoe", "fedavg"):
         plain, coded = methods[method], methods[f"{method}-int8"]
         assert plain.plan == coded.plan and not plain.coded and coded.coded
-    summed = methods["fedmoe-sum"]
-    [(_, moe)] = moe_layers(models["fedmoe-sum"])
-    for c in summed.clients:  # whoever sums uses all that its device holds
-        assert experts_that_fit(split_state(models["fedmoe-sum"]), c.memory_bytes) == moe.gate.k
+    [(_, moe)], [(_, averaging)] = (moe_layers(models[m]) for m in ("fedmoe", "fedavg"))
+    assert moe.gate.gate_mass == "sum" != averaging.gate.gate_mass
+    for c in methods["fedmoe"].clients:  # whoever sums uses all that its device holds
+        assert experts_that_fit(split_state(models["fedmoe"]), c.memory_bytes) == moe.gate.k
     own = num_parameters(models["fedmoe"])
     assert 0.9 * own < num_parameters(models["ifca"]) < 1.5 * own
     assert len(split_state(models["ifca"]).experts) == natural.NUM_MODELS

@@ -72,9 +72,13 @@ class TopKGate(nn.Module):
                 score_TE = logit_TE.softmax(-1)
                 k = min(self.k, num_choosable)
                 weight_TE = top_k_weights(logit_TE, choosable_E, k)
-                if self.gate_mass == "sum":
-                    weight_TE = weight_TE * k
+                if (total := self.total_weight(num_choosable)) != 1.0:
+                    weight_TE = weight_TE * total
         return Routing(weight_TE, score_TE, logit_TE)
+
+    def total_weight(self, num_choosable: int) -> float:
+        """What a token's weights sum to where they are not scores, of so many present experts."""
+        return float(min(self.k, num_choosable)) if self.gate_mass == "sum" else 1.0
 
 
 def top_k_weights(logit_TE: Tensor, choosable_E: Tensor, k: int) -> Tensor:
