@@ -75,7 +75,7 @@ TABLE = Table(
     (*(Setting(name) for name in PROTOCOLS), *PUBLISHED),
     split=("fedavg",),
     page=True,
-    how_to_read=f"{HOW_TO_READ} {HOW_TO_READ_MODELS} {HOW_TO_READ_PUBLISHED}",
+    how_to_read=f"{HOW_TO_READ}\n\n{HOW_TO_READ_MODELS}\n\n{HOW_TO_READ_PUBLISHED}",
     published=tuple(
         leaderboard_rows(
             {"dirichlet": "published-dirichlet", "pathological": "published-pathological"}
