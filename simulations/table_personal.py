@@ -60,10 +60,8 @@ PUBLISHED = (
     ),
 )
 HOW_TO_READ_MODELS = """\
-FedMoE and all that choose sub-MoEs (random, frequency-pruning, chosen-by-group) add up the outputs
-of as many experts as the smallest device holds; the others average those of two. *fedmoe-mean* is
-FedMoE on the others' model, *fedavg-sum* and *local-sum* are those two on FedMoE's: the same
-parameters, start, bytes and rates. Methods in *-norm* train it with batch normalisation."""
+*fedmoe-mean* is FedMoE on the others' model, *fedavg-sum* and *local-sum* are those two on
+FedMoE's, all at the same rates. Methods in *-norm* train a model with batch normalisation."""
 HOW_TO_READ_PUBLISHED = f"""\
 *published-dirichlet* and *published-pathological* are the setting of public leaderboards whole, for
 {PUBLISHED_ROUNDS} rounds instead of 2000. All methods run at the rate that was tuned for few rounds
@@ -75,7 +73,7 @@ TABLE = Table(
     (*(Setting(name) for name in PROTOCOLS), *PUBLISHED),
     split=("fedavg",),
     page=True,
-    how_to_read=f"{HOW_TO_READ}\n\n{HOW_TO_READ_MODELS}\n\n{HOW_TO_READ_PUBLISHED}",
+    how_to_read=f"{HOW_TO_READ} {HOW_TO_READ_MODELS}\n\n{HOW_TO_READ_PUBLISHED}",
     published=tuple(
         leaderboard_rows(
             {"dirichlet": "published-dirichlet", "pathological": "published-pathological"}

@@ -30,7 +30,11 @@ received or after local training, whichever is better on the client's validation
 standard deviation over seeds. Bytes are those of the whole run over all clients, both ways, with
 exploration and the closing evaluation. Of the differences, those in bold have an interval over
 seeds without 0; intervals are at 95 %, one by one, not corrected for how many there are. The
-interval over clients says how clients differ, not what another seed would give."""
+interval over clients says how clients differ, not what another seed would give.
+
+FedMoE and all that choose sub-MoEs (random, frequency-pruning, chosen-by-group) add up the outputs
+of as many experts as the smallest device holds; the others average those of two, which has the same
+parameters and start."""
 
 
 @dataclass(frozen=True)
