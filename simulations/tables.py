@@ -33,8 +33,8 @@ seeds without 0; intervals are at 95 %, one by one, not corrected for how many t
 interval over clients says how clients differ, not what another seed would give.
 
 FedMoE and all that choose sub-MoEs (random, frequency-pruning, chosen-by-group) add up the outputs
-of as many experts as the smallest device holds; the others average those of two, which has the same
-parameters and start."""
+of as many experts as the smallest device holds. Others that train the model of experts average the
+outputs of two: the same parameters and start."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Each function returns the methods of one protocol by name: same clients, same model, same start,
 same number of rounds. Sub-MoEs add up the outputs of four experts, which every device can hold;
-the other methods average those of two, as published models do.
+other methods on the model of experts average those of two, as Mixtral does.
 """
 
 from dataclasses import replace

@@ -26,7 +26,7 @@ from fedmoe.nn.sensors import MOTION_WIDTH, SignalStem, motion_cnn
 from fedmoe.nn.tabular import vowel_mlp
 from fedmoe.nn.text import CharacterStem, character_model
 
-K = 2  # experts per token, and so the fewest per layer that a client can do with
+K = 2  # experts per token of the model that is no sub-MoE's
 SHARES = (0.25,)
 HELD = 4  # of 16 experts, by every device; of the eight of *vowels* 2
 NUM_MODELS = 4  # of IFCA and FedMix; together as large as the model of experts

@@ -154,8 +154,8 @@ class FedMoE:
         alpha: share of a client's memory that the first choice may fill; the rest is room for
             additions. Paper: 0 < alpha <= 1, value not given.
         theta_cap: coverage that is enough. Paper: 1.
-        min_experts: per layer, at least the gate's k. Paper: silent. Best of all is a gate that
-            adds up (`TopKGate`) as many experts as the smallest device holds, and that number here.
+        min_experts: per layer, at least the gate's k. Paper: silent. A gate that adds up
+            (`TopKGate`) as many experts as the smallest device holds needs that number here.
         patience: rounds without a better validation score before advice is taken; None: never.
             Paper: "several" in the text, 1 in the algorithm.
         min_delta: what counts as better, share right. Paper: silent.
