@@ -22,7 +22,7 @@ from fedmoe.report.rows import read_rows, received_and_tuned
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs/table")
 SEEDS = (0, 1, 2)
-TABLES = ("fashion", "personal")  # each has its NAME.json
+TABLES = ("fashion", "personal", "conditions")  # each has its NAME.json
 
 HOW_TO_READ = """\
 Accuracies are means over clients on their own test parts; personal is that of the model as

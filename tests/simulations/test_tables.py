@@ -12,10 +12,9 @@ from fedmoe.experiments.study import RunProgress
 from fedmoe.experiments.sweep import Setting
 from fedmoe.experiments.table import find_experiment
 from fedmoe.federated.rounds import Schedule
-from fedmoe.report.log import ClientAccuracy, ClientEntry, RoundRecord, Run, RunInfo, RunLog
+from fedmoe.report.log import ClientAccuracy, ClientEntry, RoundRecord, RunInfo, RunLog
 from fedmoe.report.rows import read_rows
-from simulations import table_fashion, table_personal
-from simulations.ablate_choice import shared_experts
+from simulations import table_conditions, table_fashion, table_personal
 from simulations.published import LEADERBOARD, leaderboard_rows
 from simulations.tables import TABLES, Table, carry_out, options_of, settings_of
 from simulations.tune_fashion import validation_accuracy
@@ -33,11 +32,6 @@ def final(held: dict[int, list[list[int]]], accuracy: ClientAccuracy) -> RoundRe
 
 HELD = {0: [[0, 1]], 1: [[1, 2]], 2: [[0, 1]], 3: [[2]]}
 ACCURACY = ClientAccuracy(0.5, 0.4, 0.75, 0.6)
-
-
-def test_an_expert_of_clients_in_two_domains_counts_as_shared():
-    run = Run(info(), [final(HELD, ACCURACY)])
-    assert shared_experts(run) == 1  # expert 1; 0 is domain a's alone, 2 is b's, 3 nobody's
 
 
 def test_tuning_looks_at_validation_data_and_takes_the_better_of_the_two(tmp_path):
@@ -123,6 +117,14 @@ def test_every_table_has_its_protocols_seeds_and_file(module):
     assert options.protocols[: len(module.PROTOCOLS)] == list(module.PROTOCOLS)
     assert options.seeds == [0, 1, 2]
     assert module.TABLE.name in TABLES and set(module.PROTOCOLS) >= {"domains"}
+
+
+def test_every_condition_has_the_main_methods():
+    for setting in table_conditions.TABLE.settings:
+        methods = find_experiment(setting.target)(seed=0, rounds=1)
+        unknown = set(table_conditions.METHODS) - methods.keys()
+        assert unknown <= {"fedmoe-published"}  # needs clients that hold the full model
+    assert table_conditions.TABLE.name in TABLES
 
 
 def test_the_quick_table_has_the_same_methods_on_fewer_clients(tiny_target):
