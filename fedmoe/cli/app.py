@@ -177,8 +177,8 @@ def run(
     """Run an experiment and compare its methods.
 
     \b
-    NAME is demo, domains, domains-50, domains-1000, domains-devices,
-    domains-drop-out, two-domains, published-dirichlet,
+    NAME is demo, domains, domains-50, domains-1000, domains-pooled,
+    domains-devices, domains-drop-out, two-domains, published-dirichlet,
     published-pathological, published-fifth-dirichlet,
     published-fifth-pathological, dirichlet-0.5, dirichlet-1.0, hundred, motion,
     vowels, shakespeare, crowd, heldout-weak, heldout-average, heldout-ablations,

@@ -33,6 +33,8 @@ IMAGE = (1, 28, 28)
 CLASSES = 10
 DEVICES = (0.25, 0.5, 0.75, 1.0)  # shares of the experts that devices hold
 K = 2  # experts per token of the model that is no sub-MoE's
+CLIENTS = 24  # of *domains*
+VALIDATION, TEST = 100 * CLIENTS, 300 * CLIENTS  # images of all of them
 HELD = 4  # of the 16 experts, by the smallest device, and so of a sub-MoE per token
 
 
@@ -41,6 +43,7 @@ def domains(
     rounds: int = 40,
     *,
     train: int = 200,
+    num_clients: int = CLIENTS,
     shares: Shares = (0.25,),
     name: str = "domains",
     theta_cap: float = 1.0,
@@ -49,13 +52,21 @@ def domains(
     """24 clients of four domains, each with its own order of labels; `train` images a client.
 
     Every device holds a quarter of the experts, so FedMoE and the random sub-MoE hold the same
-    number of them.
+    number of them. However many clients there are, all of them together are judged on as many
+    images.
     """
     # The learning rate is the best of 0.2 and 0.4 for FedMoE, FedAvg and local training alike
     # (simulations/tune_fashion.py).
     plan = LocalPlan((Phase(epochs=2),), lr=0.4, batch_size=20, balance=0.01, clip=1.0)
     schedule = Schedule(rounds, seed, evaluate_every=10, drop_out=drop_out)
-    return _on_images(name, domains_data(seed, train=train), plan, schedule, shares, theta_cap)
+    data = domains_data(
+        seed,
+        train=train,
+        validation=VALIDATION // num_clients,
+        test=TEST // num_clients,
+        num_clients=num_clients,
+    )
+    return _on_images(name, data, plan, schedule, shares, theta_cap)
 
 
 def domains_devices(seed: int = 0, rounds: int = 40) -> Methods:

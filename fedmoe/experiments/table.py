@@ -25,6 +25,10 @@ EXPERIMENTS: Mapping[str, Make] = MappingProxyType(
         "domains": fashion.domains,
         "domains-50": partial(fashion.domains, train=50, name="domains-50"),
         "domains-1000": partial(fashion.domains, train=1000, name="domains-1000"),
+        # Each domain's images in one place: what is there to be learnt from them.
+        "domains-pooled": partial(
+            fashion.domains, train=1200, num_clients=4, name="domains-pooled"
+        ),
         "domains-devices": fashion.domains_devices,
         "domains-drop-out": partial(fashion.domains, drop_out=0.3, name="domains-drop-out"),
         "two-domains": fashion.two_domains,
