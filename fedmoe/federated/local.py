@@ -183,7 +183,37 @@ class LocalTask:
     kept: State
     extra: State
     validation: Examples | None = None  # to choose by; may be empty
-    fit: Fit = field(default_factory=lambda: train)  # what a method is to train models with
+    fit: Fit = field(default_factory=lambda: train)  # what `train` trains with
+
+    def train(
+        self,
+        model: nn.Module | None = None,
+        plan: "LocalPlan | None" = None,
+        batches: torch.Generator | None = None,
+        adjust: Adjust | None = None,
+        forward: Forward | None = None,
+        towards: State | None = None,
+    ) -> tuple[ActivationProfile, float]:
+        """Train a model in place on the task's examples, as `train` of this module does.
+
+        Args:
+            model, plan, batches: in place of the task's model, plan and generator of batches.
+            adjust, forward, towards: see `train` of this module.
+
+        Returns:
+            How experts were used, and the mean loss over examples and epochs.
+        """
+        return self.fit(
+            self.model if model is None else model,
+            self.examples,
+            self.plan if plan is None else plan,
+            self.generator if batches is None else batches,
+            self.device,
+            self.client,
+            adjust,
+            forward,
+            towards,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +241,7 @@ class LocalMethod:
 
     @property
     def fits(self) -> bool:
-        """Whether `train` does all its training by `task.fit`, so that a faster way may be set."""
+        """Whether all training is by `task.train`, so that a faster way may be set."""
         return type(self).train is LocalMethod.train
 
     def begin(self, task: LocalTask) -> None:
@@ -219,11 +249,7 @@ class LocalMethod:
 
     def train(self, task: LocalTask) -> Trained:
         """Train `task.model` in place."""
-        return Trained(
-            *task.fit(
-                task.model, task.examples, task.plan, task.generator, task.device, task.client
-            )
-        )
+        return Trained(*task.train())
 
     def serve(
         self, model: nn.Module, examples: Examples, device: torch.device

@@ -58,9 +58,7 @@ class APFL(LocalMethod):
         own = own_model(task)
         alpha = float(task.kept.get(ALPHA, torch.tensor(self.alpha)))
         same_batches = task.generator.clone_state()
-        profile, loss = task.fit(
-            task.model, task.examples, task.plan, task.generator, task.device, task.client
-        )
+        profile, loss = task.train()
         by = by_mixture if tells(task.plan, alpha, self.adaptive) else through_mixture
         used, slope = by(task, own, alpha, same_batches, self.adaptive)
         if self.adaptive:
@@ -87,7 +85,7 @@ def through_mixture(
         logit_BC: Tensor = functional_call(model, mixture(model, task.model, share), (x,))
         return logit_BC
 
-    task.fit(own, task.examples, task.plan, batches, task.device, task.client, forward=mixed)
+    task.train(own, batches=batches, forward=mixed)
     used = _mixed(own, task.model, share)
     return used, 0.0 if share.grad is None else float(share.grad) / num_steps
 
@@ -105,7 +103,7 @@ def by_mixture(
         clip=None if plan.clip is None else plan.clip / alpha,
         proximal=plan.proximal / alpha**2,
     )
-    task.fit(used, task.examples, plan, batches, task.device, task.client, slope)
+    task.train(used, plan, batches, slope)
     with torch.no_grad():
         for (name, v), b in zip(named_by_role(own), used.parameters(), strict=True):
             moved = (b - (1 - alpha) * other[name]) / alpha

@@ -68,9 +68,7 @@ class Blend(LocalMethod):
         if task.kept and judge is not None:
             self._begin(task, judge)
         start = copy.deepcopy(task.model) if judge is not None else None
-        profile, loss = task.fit(
-            task.model, task.examples, task.plan, task.generator, task.device, task.client
-        )
+        profile, loss = task.train()
         used = task.model
         if start is not None and judge is not None:
             before, after = (faults(m, judge, task.device) for m in (start, task.model))

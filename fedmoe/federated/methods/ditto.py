@@ -43,14 +43,10 @@ class Ditto(LocalMethod):
     def train(self, task: LocalTask) -> Trained:
         own, received = own_model(task), values_of(task.model)
         same_batches = task.generator.clone_state()
-        profile, loss = task.fit(
-            task.model, task.examples, task.plan, task.generator, task.device, task.client
-        )
+        profile, loss = task.train()
 
         plan = replace(task.plan, proximal=self.pull)
         if self.epochs is not None:
             plan = replace(plan, phases=(Phase(epochs=self.epochs),))
-        task.fit(
-            own, task.examples, plan, same_batches, task.device, task.client, towards=received
-        )
+        task.train(own, plan, same_batches, towards=received)
         return Trained(profile, loss, used=own, kept=kept_with(task, own))

@@ -122,15 +122,7 @@ class Controlled(LocalMethod):
 
     def train(self, task: LocalTask) -> Trained:
         correction = Correction(shift_of(task))
-        profile, loss = task.fit(
-            task.model,
-            task.examples,
-            task.plan,
-            task.generator,
-            task.device,
-            task.client,
-            correction,
-        )
+        profile, loss = task.train(adjust=correction)
         steps = correction.steps
         new = {n: (total / steps[n]).cpu() for n, total in correction.met.items()}
         change = {n: c - task.kept[n] if n in task.kept else c for n, c in new.items()}
