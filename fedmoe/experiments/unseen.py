@@ -6,7 +6,7 @@ a frozen encoder have the same one, a weak or an average common expert (`experim
 `-from-encoder` says that the common expert is what a method's model starts from.
 
 Who is an anchor, and what they know, is said in `fedmoe.federated.anchors`: `fedjets` is told whose
-labels do not overlap, as in the paper, and `fedjets-found` finds its anchors by itself. The gate of
+labels do not overlap, as in the paper, and `-found` finds its anchors by itself. The gate of
 `fedjets-fitted` is computed from what its anchors tell (`fedmoe.nn.gates.discriminant`), and its
 experts start from the common expert.
 
@@ -131,6 +131,13 @@ def heldout(
         fedjets(setup, "fedjets-from-encoder", start="encoder"),
         fedjets(setup, "fedjets-found", anchoring="means"),
         fedjets(setup, "fedjets-fitted", start="encoder", gating="fitted"),
+        fedjets(
+            setup,
+            "fedjets-fitted-found",
+            anchoring="means",
+            start="encoder",
+            gating="fitted",
+        ),
         fedavg(setup, "fedavg"),
         replace(fedavg(setup, "fedavg-from-encoder"), factory=from_encoder),
         replace(fedavg(setup, "fedprox"), plan=proximal),

@@ -19,8 +19,8 @@ from fedmoe.report.rows import full_row
 from fedmoe.state import split_state, state_hash, take_names
 
 HELDOUT = {
-    "fedjets", "fedjets-from-encoder", "fedjets-found", "fedjets-fitted", "fedavg",
-    "fedavg-from-encoder", "fedprox", "fedprox-from-encoder", "linear-head", "prototypes",
+    "fedjets", "fedjets-from-encoder", "fedjets-found", "fedjets-fitted", "fedjets-fitted-found",
+    "fedavg", "fedavg-from-encoder", "fedprox", "fedprox-from-encoder", "linear-head", "prototypes",
     "discriminant-head", "fedmix", "fedmoe", "fedjets-random-gate", "discriminant-chosen",
 }  # fmt: skip
 LIKE_FEDJETS = {"fedjets-from-encoder", "fedjets-found", "fedjets-random-gate"}
