@@ -9,6 +9,8 @@ from torch import nn
 from fedmoe.state import moe_layers
 from fedmoe.types import ActivationProfile, Routing
 
+MASS_ERROR, FREQUENCY_ERROR = "mass_error", "frequency_error"  # what a scout calls them
+
 
 @contextmanager
 def watch_gates(model: nn.Module) -> Iterator[dict[int, Routing]]:
@@ -54,6 +56,19 @@ def profile_of(routings: Mapping[int, Routing], sizes: Sequence[int]) -> Activat
         score_LE[layer, :width] = score_TE.sum(0, dtype=torch.float64)
         token_L[layer] = len(weight_TE)
     return ActivationProfile(count_LE, weight_LE, score_LE, token_L)
+
+
+def errors_of(parts: Sequence[ActivationProfile]) -> dict[str, float]:
+    """Squared standard error of a profile's shares, summed over layers and experts, told from
+    random parts of its data, of about as many tokens each; nothing from fewer than two.
+    """
+    if len(parts) < 2:
+        return {}
+    shares = {
+        MASS_ERROR: torch.stack([part.mass_LE for part in parts]),
+        FREQUENCY_ERROR: torch.stack([part.frequency_LE for part in parts]),
+    }
+    return {name: float(p.var(0).sum()) / len(parts) for name, p in shares.items()}
 
 
 def open_gates(model: nn.Module) -> None:

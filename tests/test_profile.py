@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from fedmoe.nn.gates.topk import TopKGate
 from fedmoe.nn.moe import MoE
 from fedmoe.nn.vision import small_vit
-from fedmoe.profile import open_gates, profile_of, watch_gates
+from fedmoe.profile import (
+    FREQUENCY_ERROR,
+    MASS_ERROR,
+    errors_of,
+    open_gates,
+    profile_of,
+    watch_gates,
+)
 from fedmoe.state import build_part, layer_sizes, load_state, rows_of, split_state
 from fedmoe.types import ActivationProfile, ExpertId, Routing
 from tests.tiny import examples, profile, ragged, tiny
@@ -106,6 +113,16 @@ def test_watching_keeps_the_graph_for_a_loss_on_the_routing():
         model(x_NI)
     routings[0].score_TE.square().sum().backward()
     assert model.head.gate.proj.weight.grad is not None
+
+
+def test_the_error_of_shares_worked_by_hand():
+    # Shares (1/4, 3/4) and (3/4, 1/4): each expert's varies by 1/8 between the two parts, so by
+    # 1/16 in their mean, and there are two experts.
+    parts = [profile([1, 3]), profile([3, 1])]
+    wanted = {MASS_ERROR: pytest.approx(1 / 8), FREQUENCY_ERROR: pytest.approx(1 / 8)}
+    assert errors_of(parts) == wanted
+    assert errors_of([parts[0], parts[0]]) == {MASS_ERROR: 0.0, FREQUENCY_ERROR: 0.0}
+    assert errors_of(parts[:1]) == {}
 
 
 counts = st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=2, max_size=2)

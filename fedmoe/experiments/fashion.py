@@ -95,16 +95,12 @@ def demo(seed: int = 0, rounds: int = 8) -> Methods:
 
 
 def two_domains(seed: int = 0, rounds: int = 20) -> Methods:
-    """24 clients, half with digits and half with clothes, which share the numbers of ten labels.
-
-    Here FedMoE chooses by groups: with two large ones, balancing the demand of each client would
-    have its group's experts learn from a part of the group each.
-    """
+    """24 clients, half with digits and half with clothes, which share the numbers of ten labels."""
     # The best of 0.1, 0.2 and 0.4 for FedMoE and of the last two for FedAvg, on validation data.
     plan = LocalPlan((Phase(epochs=2),), lr=0.4, batch_size=20, balance=0.01, clip=1.0)
     schedule = Schedule(rounds, seed, evaluate_every=10)
     data = two_domains_data(seed)
-    return _on_images("two-domains", data, plan, schedule, (0.25,), smooth_kin=True)
+    return _on_images("two-domains", data, plan, schedule, (0.25,))
 
 
 def published(
@@ -163,12 +159,9 @@ def _on_images(
     schedule: Schedule,
     shares: Shares,
     theta_cap: float = 1.0,
-    smooth_kin: bool = False,
 ) -> Methods:
     seed = schedule.seed
-    fedmoe = FedMoE(
-        min_experts=K, theta_cap=theta_cap, smooth_kin=smooth_kin, kinship=1.0, seed=seed
-    )
+    fedmoe = FedMoE(min_experts=K, theta_cap=theta_cap, kinship=1.0, seed=seed)
     # Four models with a quarter of the hidden layer each: together as large as the CNN of experts.
     member = partial(dense_cnn, hidden=128)
     normed_member = partial(dense_cnn, hidden=128, norm="batch")

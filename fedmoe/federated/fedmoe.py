@@ -14,6 +14,8 @@ How ours differs, and why, is measured in simulations/LOG.md:
   stem and the gates once (they scout): the share of gate score that each expert gets tells
   clients of different kinds apart before any training, costs no expert on the wire, and fits
   every device. `explore_trains=True` trains the full model as the paper does;
+- scouts also tell how far off their shares may be, since they saw few examples, and groups of
+  similar clients are found by how similar they would be without that (`similar.similarity`);
 - shares are smoothed over similar clients and demand is balanced over experts before the choice
   (`similar.balanced_demand`); `sharpness=0` and `smooth_over=0` choose by the client's own
   shares as the paper does.
@@ -47,6 +49,7 @@ from fedmoe.federated.similar import (
 )
 from fedmoe.federated.sums import Sums
 from fedmoe.population import ById, Population, by_id, first_of_each_budget
+from fedmoe.profile import FREQUENCY_ERROR, MASS_ERROR
 from fedmoe.rng import numpy_generator
 from fedmoe.state import parameter_bytes, rows_of
 from fedmoe.table import Form, Table, ids_of
@@ -66,6 +69,7 @@ from fedmoe.types import (
 )
 
 KIN = "kin"  # (KIN, g) is the key of the mean of group g's shared parts
+DECIMALS = 4  # of a balanced demand, to which two must differ
 NEIGHBOURHOOD = 0  # keys the draw of clients among whom similar ones are sought
 
 V = TypeVar("V")
@@ -79,6 +83,13 @@ def mass(profile: ActivationProfile) -> Tensor:
 def frequency(profile: ActivationProfile) -> Tensor:
     """Share of activations that each expert gets, (L, E): the paper's p."""
     return profile.frequency_LE
+
+
+# What scouts tell of the error of each measure.
+ERRORS: Mapping[Callable[[ActivationProfile], Tensor], str] = {
+    mass: MASS_ERROR,
+    frequency: FREQUENCY_ERROR,
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +131,7 @@ class FedMoEState:
     kin: Mapping[int, int] = field(default_factory=dict)  # group of similar clients, by client
     shared: Mapping[int, State] = field(default_factory=dict)  # shared part, by group
     chosen: tuple[Change, ...] = ()  # made in this round, before its work
+    error: Mapping[int, float] = field(default_factory=dict)  # of p, as told by those who scouted
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +159,9 @@ class FedMoE:
         predict: a client that could not train the full model takes its p from those that could,
             of its own task if tasks are known, else by similarity (paper: same task, weights by
             data size). Default: it uses what it scouted.
-        smooth_over: average p over this many most similar clients before choosing; 0: paper.
-        smooth_kin: average it over all of a client's group (`kinship`) where that is more. Else
-            clients of one kind may get different experts, and each of these learns from a few.
+        smooth_over: average p over this many most similar clients before choosing, and over all of
+            a client's group (`kinship`) where that has as many others: else clients of one kind may
+            get different experts, and each of these learns from a few. 0: paper.
         sharpness: of the balanced demand; 0: choose by p alone, as the paper does.
         alpha: share of a client's memory that the first choice may fill; the rest is room for
             additions. Paper: 0 < alpha <= 1, value not given.
@@ -182,7 +194,6 @@ class FedMoE:
     centred: bool = True
     predict: bool = False
     smooth_over: int = 5
-    smooth_kin: bool = False
     sharpness: float = 2.0
     alpha: float = 1.0
     theta_cap: float = 1.0
@@ -222,8 +233,6 @@ class FedMoE:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.kinship <= 1:
             raise ValueError(f"kinship must be between 0 and 1, got {self.kinship}")
-        if self.smooth_kin and not self.kinship:
-            raise ValueError("kinship must be above 0 with smooth_kin, got 0: it makes the groups")
         if not -1 <= self.alike <= 1:
             raise ValueError(f"alike must be between -1 and 1, got {self.alike}")
         if not 0 <= self.theta_cap <= 1:
@@ -375,6 +384,7 @@ class FedMoE:
         p: dict[int, Tensor] = {}
         seen: dict[int, Tensor] = {}
         whole: dict[int, bool] = {}
+        error: dict[int, float] = {}
         for note in notes:
             share_LE = self.measure(note.profile).double()
             if note.client in state.sub_moes:
@@ -382,7 +392,8 @@ class FedMoE:
             else:
                 observed_LE = torch.ones_like(share_LE, dtype=torch.bool)
                 before = state.whole.get(note.client, False)
-                whole[note.client] = before or bool(note.metrics)
+                whole[note.client] = before or "loss" in note.metrics
+                error[note.client] = note.metrics.get(ERRORS.get(self.measure, ""), 0.0)
             old_LE = state.p.get(note.client, torch.zeros_like(share_LE))
             when_LE = state.seen.get(note.client, torch.full(share_LE.shape, -1))
             p[note.client] = torch.where(observed_LE, share_LE, old_LE)
@@ -393,6 +404,7 @@ class FedMoE:
             p=_changed(state.p, p, Form(Tensor, dtype=self._precision(state), shape=shape)),
             seen=_changed(state.seen, seen, Form(Tensor, dtype="int32", shape=shape)),
             whole=_changed(state.whole, whole, Form(bool)),
+            error=_changed(state.error, error, Form(float)),
         )
 
     def _precision(self, state: FedMoEState) -> str:
@@ -448,7 +460,9 @@ class FedMoE:
 
     def _grouped(self, state: FedMoEState, known: Sequence[int]) -> FedMoEState:
         """Find groups once, when first there is a choice; who comes later joins the nearest."""
-        sim_KK = similarity(_stacked(state.p, known), centred=self.centred)
+        error_K = torch.tensor([state.error.get(k, 0.0) for k in known])
+        p_KLE = _stacked(state.p, known)
+        sim_KK = similarity(p_KLE, centred=self.centred, error_K=error_K)
         kin: dict[int, int] = {}
         if not state.kin:
             kin = dict(zip(known, alike_groups(sim_KK, self.alike), strict=True))
@@ -470,14 +484,17 @@ class FedMoE:
         alone_KLE = p_KLE
         if self.smooth_over:
             p_KLE = smoothed(alone_KLE, sim_KK, self.smooth_over)
-        if self.smooth_kin:
-            group_K = torch.tensor([state.kin[k] for k in known])
-            p_KLE = smoothed_in_groups(alone_KLE, p_KLE, group_K, self.smooth_over)
+            if self.kinship:
+                group_K = torch.tensor([state.kin[k] for k in known])
+                p_KLE = smoothed_in_groups(alone_KLE, p_KLE, group_K, self.smooth_over)
         if self.sharpness and len(known) > 1:  # one client alone is like the mean client
             limits = [state.clients[k].memory_bytes for k in known]
             fits = {limit: experts_that_fit(state.model, limit) for limit in set(limits)}
             room = [fits[limit] for limit in limits]
-            p_KLE = balanced_demand(p_KLE, torch.tensor(room), self.sharpness)
+            demand_KLE = balanced_demand(p_KLE, torch.tensor(room), self.sharpness)
+            # Between demands that hardly differ the shares decide, and not how sums were rounded:
+            # if there are two kinds of clients, a kind demands all that it prefers alike.
+            p_KLE = demand_KLE.round(decimals=DECIMALS) + 10.0 ** -(DECIMALS + 1) * p_KLE
         return p_KLE
 
     def _predicted(

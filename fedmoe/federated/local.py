@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedmoe.data.examples import ClientData, Examples
 from fedmoe.device import autocast, flush_denormals
 from fedmoe.nn.losses import load_balance_loss, z_loss
-from fedmoe.profile import open_gates, profile_of, watch_gates
+from fedmoe.profile import errors_of, open_gates, profile_of, watch_gates
 from fedmoe.rng import torch_generator
 from fedmoe.state import (
     Layers,
@@ -47,6 +47,7 @@ from fedmoe.types import (
 )
 
 EVALUATION_BATCH = 500  # examples; bounds the memory that an evaluation takes
+SCOUTED_PARTS = 10  # in which a scout looks at its data, to tell how well they tell its shares
 KEPT, ONCE = "kept:", "once:"  # mark, in what a client stores, a method's own and frozen tensors
 
 Adjust = Callable[[str, nn.Parameter], None]  # may change a parameter's gradient before a step
@@ -378,10 +379,11 @@ def working(
 
     if assignment.job is Job.SCOUT:
         open_gates(model)
-        profile = profile_data(model, data.train, device)
         if assignment.choose is not None:
-            profile = only_chosen(profile, assignment.choose)
-        return answer(profile, {})
+            profile = profile_data(model, data.train, device)
+            return answer(only_chosen(profile, assignment.choose), {})
+        generator = torch_generator(seed, assignment.round, client)
+        return answer(*scouted(model, data.train, generator, device))
 
     check_k(model)
     empty = ActivationProfile.empty(len(sizes), max(sizes, default=0))
@@ -635,6 +637,24 @@ def profile_data(model: nn.Module, examples: Examples, device: torch.device) -> 
             model(x_B.to(device))
         total = total + profile_of(routings, sizes)
     return total
+
+
+def scouted(
+    model: nn.Module, examples: Examples, generator: torch.Generator, device: torch.device
+) -> tuple[ActivationProfile, dict[str, float]]:
+    """How the data uses the experts, and how far off other data of the same kind might be.
+
+    Returns:
+        The profile, and under `profile.MASS_ERROR` and `FREQUENCY_ERROR` the expected squared
+        distance of its shares, over all layers and experts, from those of endless data: that of
+        ten random parts from their mean, less by how many there are. Neither of one example.
+    """
+    order_N = torch.randperm(len(examples.y), generator=generator)
+    parts = [
+        profile_data(model, Examples(examples.x[i_B], examples.y[i_B]), device)
+        for i_B in torch.tensor_split(order_N, min(SCOUTED_PARTS, len(order_N)))
+    ]
+    return sum(parts[1:], parts[0]), errors_of(parts)
 
 
 def _slices(examples: Examples) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,22 +11,46 @@ import torch
 from torch import Tensor
 
 
-def similarity(p_KLE: Tensor, *, centred: bool = False) -> Tensor:
+def similarity(
+    p_KLE: Tensor, *, centred: bool = False, error_K: Tensor | None = None
+) -> Tensor:
     """Cosine of every two clients' activation shares, over all layers and experts (Eq. 4).
 
     Args:
         centred: first subtract the mean client (ours). Where gates are still undecided all
             shares are alike and every plain cosine is near 1; what differs is left after this.
+        error_K: how far shares are expected to be, squared and summed, from those that endless
+            data would have shown (ours). The result is then an estimate of the cosine of those:
+            errors make every client longer and no two alike, so that a plain cosine of few
+            examples is too small (Spearman 1904, "The Proof and Measurement of Association between
+            Two Things": attenuation). No client counts as more than half error.
 
     Returns:
-        (K, K), symmetric. A client whose shares are all 0 (or just the mean) is similar to none.
+        (K, K), symmetric, from -1 to 1. A client whose shares are all 0 (or just the mean) is
+        similar to none.
     """
     p_KN = p_KLE.double().flatten(1)
     if centred:
         p_KN = p_KN - p_KN.mean(0)
+    if error_K is not None:
+        return _without_error(p_KN, error_K.double(), centred)
     norm_K1 = p_KN.norm(dim=1, keepdim=True)
     unit_KN = torch.where(norm_K1 > 1e-12, p_KN / norm_K1.clamp_min(1e-12), 0.0)
     return unit_KN @ unit_KN.T
+
+
+def _without_error(p_KN: Tensor, error_K: Tensor, centred: bool) -> Tensor:
+    gram_KK = p_KN @ p_KN.T
+    least_K = gram_KK.diagonal() / 2
+    error_KK = error_K.diag()
+    if centred:  # as of the clients' shares, of their errors' too
+        error_KK = error_KK - error_K[:, None] / len(error_K) - error_K / len(error_K)
+        error_KK = error_KK + error_K.sum() / len(error_K) ** 2
+    gram_KK = gram_KK - error_KK
+    norm_K = torch.maximum(gram_KK.diagonal(), least_K).sqrt()
+    unit_K = torch.where(norm_K > 1e-12, 1 / norm_K.clamp_min(1e-12), 0.0)
+    sim_KK = (unit_K[:, None] * gram_KK * unit_K).clamp(-1, 1)
+    return sim_KK.diagonal_scatter((unit_K > 0).double())
 
 
 def neighbours(sim_KK: Tensor, client: int, count: int, among: Sequence[int]) -> list[int]:
@@ -74,14 +98,14 @@ def smoothed(p_KLE: Tensor, sim_KK: Tensor, count: int) -> Tensor:
 def smoothed_in_groups(
     p_KLE: Tensor, otherwise_KLE: Tensor, group_K: Tensor, count: int
 ) -> Tensor:
-    """The mean shares of each client's group, where it has more than `count` others in it (ours).
+    """The mean shares of each client's group, where it has `count` others in it or more (ours).
 
     Where it has not, `otherwise_KLE`.
     """
     out_KLE = otherwise_KLE.clone()
     for group in sorted(set(group_K.tolist())):
         here_K = group_K == group
-        if int(here_K.sum()) - 1 > count:
+        if int(here_K.sum()) - 1 >= count:
             out_KLE[here_K] = p_KLE[here_K].mean(0).to(out_KLE)
     return out_KLE
 

@@ -11,6 +11,7 @@ from fedmoe.federated.fedmoe import FedMoE, FedMoEState, Progress, as_published,
 from fedmoe.federated.select import expert_bytes_of, memory_for
 from fedmoe.federated.similar import similarity
 from fedmoe.population import Population
+from fedmoe.profile import FREQUENCY_ERROR
 from fedmoe.state import ROW, parameter_bytes, split_state, state_hash
 from fedmoe.types import (
     ActivationProfile,
@@ -575,7 +576,6 @@ def test_more_experts_than_a_layer_has_are_refused_before_the_first_round():
         ({"sharpness": -1.0}, "sharpness must be 0 or more, got -1.0"),
         ({"min_delta": -0.1}, "min_delta must be 0 or more, got -0.1"),
         ({"kinship": 1.5}, "kinship must be between 0 and 1, got 1.5"),
-        ({"smooth_kin": True}, "kinship must be above 0 with smooth_kin, got 0"),
         ({"alike": -2.0}, "alike must be between -1 and 1, got -2.0"),
         ({"theta_cap": 1.1}, "theta_cap must be between 0 and 1, got 1.1"),
     ],
@@ -627,6 +627,22 @@ def test_groups_of_similar_clients_have_shared_parts_of_their_own():
     assert float(KIN.merged(after).shared["w"]) == pytest.approx(9.0)
 
 
+def test_clients_that_differ_by_no_more_than_their_error_are_of_one_group():
+    counts = {0: [9, 1, 0, 0], 1: [5, 1, 4, 0], 2: [0, 0, 1, 9], 3: [0, 0, 2, 8]}
+    found = {}
+    for error in (0.0, 0.2):
+        told = [
+            update(k, NOTHING, count, num_examples=10, metrics={FREQUENCY_ERROR: error * (k < 2)})
+            for k, count in counts.items()
+        ]
+        state = KIN.init(MODEL, [ClientInfo(k, bytes_for(2)) for k in range(4)])
+        state = KIN.aggregate(state, told)
+        assert state.error == {k: error * (k < 2) for k in range(4)}
+        assert not any(state.whole.values())  # to tell an error is not to have trained
+        found[error] = dict(state.kin)
+    assert found == {0.0: {0: 0, 1: 1, 2: 2, 3: 2}, 0.2: {0: 0, 1: 0, 2: 1, 3: 1}}
+
+
 def test_a_group_that_sends_nothing_keeps_its_part_of_the_way():
     state = grouped()
     after = KIN.aggregate(state, [with_shared(0, state, 5.0)])
@@ -648,18 +664,18 @@ def test_without_kinship_there_are_no_groups():
     assert not state.kin and not state.shared
 
 
-def test_clients_of_one_group_may_be_given_the_same_experts():
+def test_clients_of_one_group_are_given_the_same_experts():
     counts = [[6, 4, 0, 0], [4, 6, 0, 0], [6, 4, 0, 0]] + 3 * [[0, 0, 4, 6]]
     chosen = {}
-    for smooth_kin in (False, True):
-        strategy = replace(KIN, smooth_kin=smooth_kin)
+    for kinship in (0.0, 0.75):
+        strategy = replace(KIN, kinship=kinship, smooth_over=1)
         state = strategy.init(MODEL, [ClientInfo(k, bytes_for(1)) for k in range(6)])
         state = strategy.aggregate(state, [scouted(k, count) for k, count in enumerate(counts)])
-        assert dict(state.kin) == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1}
-        chosen[smooth_kin] = [[e.expert for e in state.sub_moes[k]] for k in range(6)]
+        assert dict(state.kin) == ({0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1} if kinship else {})
+        chosen[kinship] = [[e.expert for e in state.sub_moes[k]] for k in range(6)]
     assert chosen == {
-        False: [[0], [1], [0], [3], [3], [3]],
-        True: [[0], [0], [0], [3], [3], [3]],
+        0.0: [[0], [1], [0], [3], [3], [3]],
+        0.75: [[0], [0], [0], [3], [3], [3]],
     }
 
 
@@ -778,7 +794,7 @@ def test_no_more_than_the_neighbourhood_is_compared(monkeypatch):
     sizes = []
     monkeypatch.setattr(
         "fedmoe.federated.fedmoe.similarity",
-        lambda p_KLE, centred: sizes.append(len(p_KLE)) or similarity(p_KLE, centred=centred),
+        lambda p_KLE, **how: sizes.append(len(p_KLE)) or similarity(p_KLE, **how),
     )
     clients = [ClientInfo(k, bytes_for(2)) for k in range(60)]
     rounds_of(FedMoE(kinship=1.0, patience=1, neighbourhood=8), clients, kinds(60))

@@ -19,6 +19,7 @@ from fedmoe.federated.local import (
     own_part,
     private_router,
     profile_data,
+    scouted,
     train,
     work,
 )
@@ -26,7 +27,7 @@ from fedmoe.nn.experts.ffn import FFN
 from fedmoe.nn.init import seeded
 from fedmoe.nn.losses import load_balance_loss, z_loss
 from fedmoe.nn.moe import MoE
-from fedmoe.profile import watch_gates
+from fedmoe.profile import FREQUENCY_ERROR, MASS_ERROR, watch_gates
 from fedmoe.rng import torch_generator
 from fedmoe.state import (
     ROW,
@@ -460,11 +461,39 @@ def scout_job(sub_moe=frozenset(), model=None):
 def test_a_scout_takes_no_step_and_says_where_its_data_would_go():
     update, mine = do(scout_job(), personal=None)
     assert not update.model.shared and not update.model.experts and mine is None
-    assert update.metrics == {} and update.num_examples == 12
+    assert update.metrics.keys() == {MASS_ERROR, FREQUENCY_ERROR} and update.num_examples == 12
     wanted = profile_data(tiny(), DATA.train, CPU)
-    for name in ("count_LE", "weight_LE", "score_LE", "token_L"):
+    for name in ("count_LE", "token_L"):
         assert torch.equal(getattr(update.profile, name), getattr(wanted, name))
+    for name in ("weight_LE", "score_LE"):
+        torch.testing.assert_close(getattr(update.profile, name), getattr(wanted, name))
     assert update.profile.token_L.tolist() == [12]
+
+
+def test_a_scout_tells_how_far_off_its_shares_may_be():
+    model = tiny()
+    x_N = torch.randn(8000, 3, generator=torch.Generator().manual_seed(0))
+    many = Examples(x_N, torch.zeros(8000, dtype=torch.int64))
+    errors = [
+        scouted(model, Examples(*(t[i : i + 50] for t in many)), torch_generator(0, 0, i), CPU)[1]
+        for i in range(0, 8000, 50)
+    ]
+    # What they say is what happens: the mean squared distance of 50 examples' shares from all's.
+    whole = profile_data(model, many, CPU)
+    parts = [
+        profile_data(model, Examples(*(t[i : i + 50] for t in many)), CPU)
+        for i in range(0, 8000, 50)
+    ]
+    for name, share in ((MASS_ERROR, "mass_LE"), (FREQUENCY_ERROR, "frequency_LE")):
+        off = [((getattr(p, share) - getattr(whole, share)) ** 2).sum() for p in parts]
+        told = sum(e[name] for e in errors) / len(errors)
+        assert told == pytest.approx(float(sum(off)) / len(off), rel=0.15)
+
+
+def test_of_one_example_there_is_no_error_to_tell():
+    one = Examples(DATA.train.x[:1], DATA.train.y[:1])
+    profile, errors = scouted(tiny(), one, torch_generator(0, 0, 0), CPU)
+    assert errors == {} and profile.token_L.tolist() == [1]
 
 
 @pytest.mark.parametrize("test", [is_gate, everything], ids=["router", "everything"])

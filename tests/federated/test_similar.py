@@ -55,6 +55,44 @@ def test_what_is_centred_is_each_expert_by_itself():
     close(similarity(p_KLE, centred=True), wanted)
 
 
+def test_similarity_without_errors_worked_by_hand():
+    # 0.5 / sqrt((0.5 - 0.1) (0.52 - 0.02)); client 2 is no more than half error: 0.68 - 0.34.
+    sim_KK = similarity(P_KLE, error_K=torch.tensor([0.1, 0.02, 0.5]))
+    s_01, s_02, s_12 = (0.5 / math.sqrt(0.2), 0.1 / math.sqrt(0.136), 0.08 / math.sqrt(0.17))
+    assert s_01 > 1  # more alike than alike
+    close(sim_KK, [[1, 1, s_02], [1, 1, s_12], [s_02, s_12, 1]], atol=1e-8)
+
+
+def test_similarity_without_errors_between_centred_clients_worked_by_hand():
+    # Centred: 2/3, -1/3 and -1/3 along (1, -1), so dots are 8/9, -4/9, 2/9. Each client's error is
+    # 0.09, and after centring 0.09 (1 - 1/3) = 0.06 in a square, -0.03 in a dot of two.
+    p_KLE = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]], dtype=torch.float64)
+    sim_KK = similarity(p_KLE, centred=True, error_K=torch.full((3,), 0.09, dtype=torch.float64))
+    across = (-4 / 9 + 0.03) / math.sqrt((8 / 9 - 0.06) * (2 / 9 - 0.06))
+    close(sim_KK, [[1, max(across, -1), max(across, -1)], [max(across, -1), 1, 1],
+                   [max(across, -1), 1, 1]])  # fmt: skip
+
+
+@given(st.integers(0, 10**6), st.booleans())
+def test_without_an_error_it_is_the_plain_similarity(seed, centred):
+    p_KLE = torch.rand(5, 2, 4, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+    plain_KK = similarity(p_KLE, centred=centred)
+    close(similarity(p_KLE, centred=centred, error_K=torch.zeros(5)), plain_KK, atol=1e-9)
+
+
+def test_what_few_examples_blur_is_seen_through():
+    # Clients of two kinds, whose shares are measured with an error of a third of their distance.
+    g = torch.Generator().manual_seed(0)
+    kinds_KLE = torch.tensor([[[0.4, 0.6, 0.0, 0.0]], [[0.0, 0.0, 0.6, 0.4]]]).double()
+    kind_KLE = kinds_KLE.repeat(20, 1, 1)
+    p_KLE = kind_KLE + 0.15 * torch.randn(40, 1, 4, generator=g, dtype=torch.float64)
+    same_KK = (kind_KLE[:, None] == kind_KLE[None]).all(-1).all(-1)
+    same_KK.fill_diagonal_(False)
+    plain_KK = similarity(p_KLE, centred=True)
+    seen_KK = similarity(p_KLE, centred=True, error_K=torch.full((40,), 4 * 0.15**2))
+    assert plain_KK[same_KK].mean() < 0.75 and seen_KK[same_KK].mean() > 0.9
+
+
 def test_a_client_without_activations_is_similar_to_none():
     p_KLE = torch.cat([P_KLE, torch.zeros(1, 1, 3)])
     close(similarity(p_KLE)[3], [0.0, 0.0, 0.0, 0.0])
@@ -119,14 +157,14 @@ def test_smoothing_leaves_a_client_without_neighbours_as_it_is():
     close(smoothed(nobody_KLE, similarity(nobody_KLE), 3), nobody_KLE)
 
 
-def test_shares_of_a_group_larger_than_the_neighbourhood_are_its_mean():
+def test_shares_of_a_group_as_large_as_the_neighbourhood_are_its_mean():
     otherwise_KLE = torch.full_like(P_KLE, 9.0)
     group_K = torch.tensor([4, 4, 7])
     mean = [[0.55, 0.45, 0.0]]
-    out_KLE = smoothed_in_groups(P_KLE, otherwise_KLE, group_K, 0)
+    out_KLE = smoothed_in_groups(P_KLE, otherwise_KLE, group_K, 1)
     close(out_KLE[:2], [mean, mean])
     close(out_KLE[2], otherwise_KLE[2])  # a client alone has nobody
-    close(smoothed_in_groups(P_KLE, otherwise_KLE, group_K, 1), otherwise_KLE)
+    close(smoothed_in_groups(P_KLE, otherwise_KLE, group_K, 2), otherwise_KLE)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 8), st.integers(1, 3), st.integers(2, 6))
