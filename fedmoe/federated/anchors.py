@@ -47,10 +47,15 @@ def by_labels(labels: Mapping[int, frozenset[int]], num_experts: int) -> Anchors
 
 
 def by_means(mean_F: Mapping[int, Tensor], num_experts: int) -> Anchors:
-    """Cluster the clients' means; the anchor of each cluster is the client nearest its centre.
+    """The corners of what the clients' means span: those that are no mixture of others.
 
-    K-means (Lloyd 1982) from centres that begin far apart: at the client farthest from the mean of
-    all, and then each time at the one farthest from the centres so far. Nothing is drawn.
+    The mean of a client with several kinds of data is a mixture of those of the kinds, so clients
+    of one kind alone are corners, and where there is one of each kind they are found, however many
+    others there are between them. First comes the client farthest from the mean of all, and then
+    each time the one farthest from the flat through those found: successive projection (Gillis,
+    Vavasis 2014, "Fast and Robust Recursive Algorithms for Separable Nonnegative Matrix
+    Factorization", arXiv:1208.1237), here from the first corner and not from 0. Where all that is
+    left lies in that flat, the farthest from its nearest corner comes next. Nothing is drawn.
 
     Raises:
         ValueError: there are fewer clients than experts.
@@ -58,29 +63,20 @@ def by_means(mean_F: Mapping[int, Tensor], num_experts: int) -> Anchors:
     clients = sorted(mean_F)
     _check_enough(clients, num_experts)
     x_KF = torch.stack([mean_F[k].double() for k in clients])
-    apart_K = (x_KF - x_KF.mean(0)).norm(dim=1)
-    rows: list[int] = []
-    for _ in range(num_experts):
-        row = int(apart_K.argmax())
+    rows = [int((x_KF - x_KF.mean(0)).norm(dim=1).argmax())]
+    left_KF = x_KF - x_KF[rows[0]]  # from the flat through the corners
+    least = 1e-9 * float(left_KF.norm(dim=1).max())
+    while len(rows) < num_experts:
+        far_K = left_KF.norm(dim=1)
+        if float(far_K.max()) <= least:
+            far_K = torch.cdist(x_KF, x_KF[rows]).min(1).values
+            far_K[rows] = -1
+        row = int(far_K.argmax())
         rows.append(row)
-        from_all_K = (x_KF - x_KF[row]).norm(dim=1)
-        apart_K = from_all_K if len(rows) == 1 else torch.minimum(apart_K, from_all_K)
-    centre_MF = x_KF[rows]
-    while True:
-        own_K = torch.cdist(x_KF, centre_MF).argmin(1)
-        new_MF = torch.stack([
-            x_KF[own_K == m].mean(0) if bool((own_K == m).any()) else centre_MF[m]
-            for m in range(num_experts)
-        ])
-        if torch.equal(new_MF, centre_MF):
-            break
-        centre_MF = new_MF
-    anchors: dict[int, int] = {}
-    for m in range(num_experts):
-        nearest = torch.cdist(centre_MF[m : m + 1], x_KF)[0].argsort(stable=True).tolist()
-        row = next(row for row in nearest if clients[row] not in anchors)
-        anchors[clients[row]] = m
-    return anchors
+        if (length := left_KF[row].norm()) > least:
+            unit_F = left_KF[row] / length
+            left_KF = left_KF - (left_KF @ unit_F)[:, None] * unit_F
+    return {clients[row]: e for e, row in enumerate(sorted(rows))}
 
 
 def at_random(clients: Sequence[int], num_experts: int, seed: int) -> Anchors:

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedmoe.federated.anchors import at_random, by_labels, by_means
 
@@ -21,13 +23,23 @@ def test_anchors_by_labels_need_labels_and_enough_clients_that_share_none():
         by_labels(labels(c0={0}, c1={0, 1}, c2={1}), 3)
 
 
-def test_anchors_by_means_stand_in_the_midst_of_their_like():
-    place = {0: (0, 0), 1: (1, 0), 2: (2, 0), 3: (9, 9), 4: (9, 8), 5: (9, 7), 6: (-20, 5)}
-    means = {k: torch.tensor(xy, dtype=torch.float32) for k, xy in place.items()}
-    anchors = by_means(means, 3)
-    # the farthest client is its own cluster; the others' centres are (1, 0) and (9, 8)
-    assert set(anchors) == {1, 4, 6} and sorted(anchors.values()) == [0, 1, 2]
-    assert by_means(dict(reversed(means.items())), 3) == anchors
+@given(st.integers(0, 10**6), st.integers(2, 5), st.integers(0, 12))
+def test_anchors_by_means_are_the_clients_of_one_kind_however_many_mix_kinds(seed, kinds, mixed):
+    g = torch.Generator().manual_seed(seed)
+    kind_MF = torch.randn(kinds, kinds + 2, generator=g, dtype=torch.float64)
+    share_KM = torch.rand(mixed, kinds, generator=g, dtype=torch.float64) + 0.05
+    mixed_KF = share_KM / share_KM.sum(1, keepdim=True) @ kind_MF
+    order = torch.randperm(kinds + mixed, generator=g).tolist()
+    means = dict(zip(order, [*kind_MF, *mixed_KF], strict=True))
+    anchors = by_means(means, kinds)
+    assert anchors == {k: e for e, k in enumerate(sorted(order[:kinds]))}
+    assert by_means(dict(reversed(means.items())), kinds) == anchors
+
+
+def test_more_anchors_than_corners_are_the_farthest_from_those_worked_by_hand():
+    means = {k: torch.tensor([x]) for k, x in enumerate([0.0, 1.0, 4.0, 10.0])}
+    # 10 is farthest from the mean, 3.75, and 0 from 10; of those between 4 is farther from both.
+    assert by_means(means, 3) == {0: 0, 2: 1, 3: 2}
 
 
 def test_there_is_an_anchor_for_each_expert_even_where_clients_are_the_same():
