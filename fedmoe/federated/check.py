@@ -68,6 +68,8 @@ def _problems(update: ClientUpdate, assignment: Assignment, experts: SubMoE) -> 
             yield f"metric {name!r} must be finite, got {value}"
         if name.endswith(("_validation", "_test")) and not 0 <= value <= 1:
             yield f"metric {name!r} must be between 0 and 1, got {value}"
+        if name.endswith("_error") and value < 0:
+            yield f"metric {name!r} must be 0 or more, got {value}"
     yield from _profile_problems(update.profile, assignment.sub_moe | experts)
     if assignment.job is not Job.TRAIN:
         if update.model.shared or update.model.experts or update.extra:

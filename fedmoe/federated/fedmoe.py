@@ -393,7 +393,7 @@ class FedMoE:
                 observed_LE = torch.ones_like(share_LE, dtype=torch.bool)
                 before = state.whole.get(note.client, False)
                 whole[note.client] = before or "loss" in note.metrics
-                error[note.client] = note.metrics.get(ERRORS.get(self.measure, ""), 0.0)
+                error[note.client] = self._error(note)
             old_LE = state.p.get(note.client, torch.zeros_like(share_LE))
             when_LE = state.seen.get(note.client, torch.full(share_LE.shape, -1))
             p[note.client] = torch.where(observed_LE, share_LE, old_LE)
@@ -406,6 +406,11 @@ class FedMoE:
             whole=_changed(state.whole, whole, Form(bool)),
             error=_changed(state.error, error, Form(float)),
         )
+
+    def _error(self, note: ClientUpdate) -> float:
+        """How far off a scout says that its p may be; 0 where nobody says."""
+        name = ERRORS.get(self.measure)
+        return 0.0 if name is None else note.metrics.get(name, 0.0)
 
     def _precision(self, state: FedMoEState) -> str:
         """Of p: half as many bytes where there may be very many."""

@@ -646,8 +646,8 @@ def scouted(
 
     Returns:
         The profile, and under `profile.MASS_ERROR` and `FREQUENCY_ERROR` the expected squared
-        distance of its shares, over all layers and experts, from those of endless data: that of
-        ten random parts from their mean, less by how many there are. Neither of one example.
+        distance of its shares, over all layers and experts, from those of endless data, as told by
+        how far ten random parts of it are apart (`profile.errors_of`). Neither of one example.
     """
     order_N = torch.randperm(len(examples.y), generator=generator)
     parts = [

@@ -23,7 +23,8 @@ def similarity(
             data would have shown (ours). The result is then an estimate of the cosine of those:
             errors make every client longer and no two alike, so that a plain cosine of few
             examples is too small (Spearman 1904, "The Proof and Measurement of Association between
-            Two Things": attenuation). No client counts as more than half error.
+            Two Things": attenuation). No client counts as more than half error, whatever it says,
+            so that what one client tells of itself cannot move the others far.
 
     Returns:
         (K, K), symmetric, from -1 to 1. A client whose shares are all 0 (or just the mean) is
@@ -41,13 +42,14 @@ def similarity(
 
 def _without_error(p_KN: Tensor, error_K: Tensor, centred: bool) -> Tensor:
     gram_KK = p_KN @ p_KN.T
-    least_K = gram_KK.diagonal() / 2
+    half_K = gram_KK.diagonal() / 2
+    error_K = torch.minimum(error_K.clamp_min(0), half_K)
     error_KK = error_K.diag()
     if centred:  # as of the clients' shares, of their errors' too
         error_KK = error_KK - error_K[:, None] / len(error_K) - error_K / len(error_K)
         error_KK = error_KK + error_K.sum() / len(error_K) ** 2
     gram_KK = gram_KK - error_KK
-    norm_K = torch.maximum(gram_KK.diagonal(), least_K).sqrt()
+    norm_K = torch.maximum(gram_KK.diagonal(), half_K).sqrt()
     unit_K = torch.where(norm_K > 1e-12, 1 / norm_K.clamp_min(1e-12), 0.0)
     sim_KK = (unit_K[:, None] * gram_KK * unit_K).clamp(-1, 1)
     return sim_KK.diagonal_scatter((unit_K > 0).double())

@@ -70,6 +70,7 @@ REFUSED = {
         replace(GOOD, metrics={"trained_validation": 1.01}),
         "'trained_validation' must be between 0 and 1, got 1.01",
     ),
+    "an error below 0": (replace(GOOD, metrics={"mass_error": -0.1}), "must be 0 or more, got -0"),
     "an accuracy below 0": (replace(GOOD, metrics={"received_test": -0.1}), "between 0 and 1"),
     "nan in the shared part": (
         shared(w=torch.tensor([0.0, NAN])),

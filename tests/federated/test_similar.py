@@ -64,13 +64,41 @@ def test_similarity_without_errors_worked_by_hand():
 
 
 def test_similarity_without_errors_between_centred_clients_worked_by_hand():
-    # Centred: 2/3, -1/3 and -1/3 along (1, -1), so dots are 8/9, -4/9, 2/9. Each client's error is
-    # 0.09, and after centring 0.09 (1 - 1/3) = 0.06 in a square, -0.03 in a dot of two.
-    p_KLE = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]]], dtype=torch.float64)
-    sim_KK = similarity(p_KLE, centred=True, error_K=torch.full((3,), 0.09, dtype=torch.float64))
-    across = (-4 / 9 + 0.03) / math.sqrt((8 / 9 - 0.06) * (2 / 9 - 0.06))
-    close(sim_KK, [[1, max(across, -1), max(across, -1)], [max(across, -1), 1, 1],
-                   [max(across, -1), 1, 1]])  # fmt: skip
+    # The mean client is (0, 0), and without it (2, 0), (-1, 2), (-1, -2) stay as they are. Each one's
+    # error is 0.6, and centring leaves 0.6 (1 - 1/3) = 0.4 of it in a square and -0.2 in a dot.
+    p_KLE = torch.tensor([[[2.0, 0.0]], [[-1.0, 2.0]], [[-1.0, -2.0]]], dtype=torch.float64)
+    sim_KK = similarity(p_KLE, centred=True, error_K=torch.full((3,), 0.6, dtype=torch.float64))
+    across, below = -1.8 / math.sqrt(3.6 * 4.6), -2.8 / 4.6
+    close(sim_KK, [[1, across, across], [across, 1, below], [across, below, 1]])
+
+
+@given(st.integers(0, 10**6), st.booleans())
+def test_similarity_without_errors_against_the_slow_definition(seed, centred):
+    g = torch.Generator().manual_seed(seed)
+    p_KN = torch.rand(6, 8, generator=g, dtype=torch.float64)
+    error_K = 0.5 * torch.rand(6, generator=g, dtype=torch.float64)
+    centre_KK = torch.eye(6, dtype=torch.float64) - (1 / 6 if centred else 0)
+    x_KN = centre_KK @ p_KN
+    allowed = [min(float(e), float(x @ x) / 2) for e, x in zip(error_K, x_KN, strict=True)]
+    blur_KK = centre_KK @ torch.tensor(allowed, dtype=torch.float64).diag() @ centre_KK
+    true_KK = x_KN @ x_KN.T - blur_KK
+    size = [max(float(true_KK[k, k]), float(x_KN[k] @ x_KN[k]) / 2) ** 0.5 for k in range(6)]
+    wanted = [
+        [1.0 if i == j else max(-1.0, min(1.0, float(true_KK[i, j]) / size[i] / size[j]))
+         for j in range(6)]
+        for i in range(6)
+    ]  # fmt: skip
+    close(similarity(p_KN[:, None], centred=centred, error_K=error_K), wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("lie", [1e9, -1e9])
+def test_what_one_client_says_of_its_error_hardly_moves_the_others(lie):
+    p_KLE = torch.rand(30, 1, 4, generator=torch.Generator().manual_seed(0)).softmax(-1).double()
+    told_K = torch.zeros(30, dtype=torch.float64)
+    told_K[7] = lie
+    others = [k for k in range(30) if k != 7]
+    plain_KK, seen_KK = (similarity(p_KLE, centred=True, error_K=e) for e in (0 * told_K, told_K))
+    assert (seen_KK - plain_KK)[others][:, others].abs().max() < 0.05
 
 
 @given(st.integers(0, 10**6), st.booleans())
