@@ -64,8 +64,8 @@ def test_similarity_without_errors_worked_by_hand():
 
 
 def test_similarity_without_errors_between_centred_clients_worked_by_hand():
-    # The mean client is (0, 0), and without it (2, 0), (-1, 2), (-1, -2) stay as they are. Each one's
-    # error is 0.6, and centring leaves 0.6 (1 - 1/3) = 0.4 of it in a square and -0.2 in a dot.
+    # The mean client is (0, 0), so that (2, 0), (-1, 2), (-1, -2) stay. Each one's error
+    # is 0.6, and centring leaves 0.6 (1 - 1/3) = 0.4 of it in a square and -0.2 in a dot.
     p_KLE = torch.tensor([[[2.0, 0.0]], [[-1.0, 2.0]], [[-1.0, -2.0]]], dtype=torch.float64)
     sim_KK = similarity(p_KLE, centred=True, error_K=torch.full((3,), 0.6, dtype=torch.float64))
     across, below = -1.8 / math.sqrt(3.6 * 4.6), -2.8 / 4.6
