@@ -36,6 +36,10 @@ K = 2  # experts per token of the model that is no sub-MoE's
 CLIENTS = 24  # of *domains*
 VALIDATION, TEST = 100 * CLIENTS, 300 * CLIENTS  # images of all of them
 HELD = 4  # of the 16 experts, by the smallest device, and so of a sub-MoE per token
+IN_GROUPS = FedMoE(min_experts=K, kinship=1.0)
+# Most come after the first round: groups found then would be those of ten clients, and scouting in
+# a round of its own would take a fifth of a client's rounds.
+FEW_A_ROUND = FedMoE(min_experts=K, ask_newcomers=True)
 
 
 def domains(
@@ -66,7 +70,8 @@ def domains(
         test=TEST // num_clients,
         num_clients=num_clients,
     )
-    return _on_images(name, data, plan, schedule, shares, theta_cap)
+    fedmoe = replace(IN_GROUPS, theta_cap=theta_cap)
+    return _on_images(name, data, plan, schedule, shares, fedmoe)
 
 
 def domains_devices(seed: int = 0, rounds: int = 40) -> Methods:
@@ -134,12 +139,18 @@ def dirichlet(seed: int = 0, rounds: int = 20, *, alpha: float, share: float = 0
 
 
 def hundred(seed: int = 0, rounds: int = 50, *, alpha: float = 0.1) -> Methods:
-    """100 clients over all images, of whom ten take part in a round."""
+    """100 clients over all images, of whom ten take part in a round.
+
+    FedMoE's clients scout in the round in which they first train, and share one common part.
+    """
     data = dirichlet_data(seed, alpha, num_clients=100)
-    return _on_skewed(data, Schedule(rounds, seed, clients_per_round=10, evaluate_every=10))
+    schedule = Schedule(rounds, seed, clients_per_round=10, evaluate_every=10)
+    return _on_skewed(data, schedule, FEW_A_ROUND)
 
 
-def _on_skewed(data: FederatedData, schedule: Schedule) -> Methods:
+def _on_skewed(
+    data: FederatedData, schedule: Schedule, fedmoe: FedMoE = IN_GROUPS
+) -> Methods:
     """Labels skewed over clients, and devices of four sizes.
 
     FedMoE, and the random sub-MoE like it, keep the experts' slices of the classifier on the
@@ -148,7 +159,8 @@ def _on_skewed(data: FederatedData, schedule: Schedule) -> Methods:
     plan = LocalPlan(
         (Phase(epochs=1),), lr=0.2, lr_decay=0.9, batch_size=10, balance=0.01, clip=1.0
     )
-    runs = _on_images(data.name, data, plan, schedule, DEVICES, theta_cap=0.9)
+    fedmoe = replace(fedmoe, theta_cap=0.9)
+    runs = _on_images(data.name, data, plan, schedule, DEVICES, fedmoe)
     return with_own_classifier(runs)
 
 
@@ -158,10 +170,9 @@ def _on_images(
     plan: LocalPlan,
     schedule: Schedule,
     shares: Shares,
-    theta_cap: float = 1.0,
+    fedmoe: FedMoE = IN_GROUPS,
 ) -> Methods:
     seed = schedule.seed
-    fedmoe = FedMoE(min_experts=K, theta_cap=theta_cap, kinship=1.0, seed=seed)
     # Four models with a quarter of the hidden layer each: together as large as the CNN of experts.
     member = partial(dense_cnn, hidden=128)
     normed_member = partial(dense_cnn, hidden=128, norm="batch")
@@ -172,7 +183,7 @@ def _on_images(
         plan,
         schedule,
         shares,
-        fedmoe,
+        replace(fedmoe, seed=seed),
         # Of 1, 1/2, 1/4 and 1/8 of the others' rate the best on *domains*, on validation data.
         lr_of={"scaffold": plan.lr / 2},
         summed=partial(fashion_cnn, k=HELD, seed=seed, gate_mass="sum"),
